@@ -1,0 +1,49 @@
+# `make` explains; every target does its own set-up.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.ready
+SHELL  := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+NATIVE := CMakeLists.txt $(wildcard src/halfstep/_core/*.cpp src/halfstep/_core/*.hpp)
+
+.PHONY: help setup demo test test-all lint type bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: $(STAMP) ## .venv with the package, its extension and the pinned dependencies
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "halfstep needs Python 3.11 or newer; say: make PYTHON=python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 2; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy scikit-build-core nanobind ninja cmake
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## a real recogniser in FP32, mixed precision and naive 16-bit; ends in report.html
+	$(BIN)/halfstep demo --output report.html
+
+test: $(STAMP) ## lint, types and the quick tests: what CI runs
+	$(MAKE) --no-print-directory lint type
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-all: $(STAMP) ## everything, the long tests too
+	$(MAKE) --no-print-directory lint type
+	$(BIN)/python -m pytest -m 'not gpu'
+
+lint: $(STAMP) ## ruff and the one-way import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --verbose >/dev/null || $(BIN)/lint-imports
+
+type: $(STAMP) ## pyright
+	$(BIN)/pyright --stats=false 2>/dev/null || $(BIN)/pyright
+
+bench: $(STAMP) ## the performance table
+	$(BIN)/halfstep bench switch
+
+clean: ## remove what was built, not the data
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .import_linter_cache

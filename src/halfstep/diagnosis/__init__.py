@@ -1,0 +1,1 @@
+"""Watch what low precision does: statistics and the report."""

@@ -1,0 +1,78 @@
+"""Every exception that halfstep raises on purpose.
+
+::
+
+    HalfstepError
+    ├── UnknownNameError (KeyError)      a format, recipe, machine ... that does not exist; near names
+    ├── FormatError (ValueError)         a number format that cannot be
+    ├── RecipeError (ValueError)         a recipe that cannot be
+    ├── OperandError (ValueError)        a tensor or option an operation cannot take
+    ├── SwitchError (RuntimeError)       the switch cannot do what was asked
+    │   └── ScaledGradientError          a gradient would leave the region still multiplied by the loss scale
+    ├── NonFiniteError (FloatingPointError)  gradients or loss are not finite and no loss scale mends it
+    └── DataError (RuntimeError)         a data set cannot be fetched or is not the one expected
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "DataError",
+    "FormatError",
+    "HalfstepError",
+    "NonFiniteError",
+    "OperandError",
+    "RecipeError",
+    "ScaledGradientError",
+    "SwitchError",
+    "UnknownNameError",
+]
+
+
+class HalfstepError(Exception):
+    """The root: ``except halfstep.errors.HalfstepError`` catches all of ours and nothing else."""
+
+
+class UnknownNameError(HalfstepError, KeyError):
+    """A name that is in no catalogue; the message suggests the nearest ones."""
+
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
+        known = sorted(known)
+        text = str(name)
+        near = difflib.get_close_matches(text.lower(), known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+        self.message = f"unknown {kind} {text!r}; {hint}"
+        super().__init__(self.message)
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return self.message
+
+
+class FormatError(HalfstepError, ValueError):
+    """A number format that cannot be."""
+
+
+class RecipeError(HalfstepError, ValueError):
+    """A recipe that cannot be."""
+
+
+class OperandError(HalfstepError, ValueError):
+    """A tensor or an option that an operation cannot take."""
+
+
+class SwitchError(HalfstepError, RuntimeError):
+    """The switch cannot do what was asked."""
+
+
+class ScaledGradientError(SwitchError):
+    """A gradient would have left the region still multiplied by the loss scale, or entered it unscaled."""
+
+
+class NonFiniteError(HalfstepError, FloatingPointError):
+    """Gradients or loss are not finite, and lowering the loss scale cannot mend it."""
+
+
+class DataError(HalfstepError, RuntimeError):
+    """A data set cannot be fetched, or is not the one expected."""

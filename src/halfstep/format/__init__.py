@@ -1,0 +1,1 @@
+"""What a number is: formats as frozen data, and the exact scalar codec."""

@@ -1,0 +1,1 @@
+"""How a tensor is rounded and multiplied: the reference in plain torch, and native kernels."""

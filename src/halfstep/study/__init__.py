@@ -1,0 +1,1 @@
+"""Compare: applications, the demo, its data."""
