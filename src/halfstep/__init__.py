@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
 # public name -> the module it lives in
-_PUBLIC: dict[str, str] = {}
+_PUBLIC: dict[str, str] = {
+    "Recipe": "halfstep.recipe",
+    "recipes": "halfstep.recipe",
+}
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

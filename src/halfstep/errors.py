@@ -3,13 +3,13 @@
 ::
 
     HalfstepError
-    ├── UnknownNameError (KeyError)      a format, recipe, machine ... that does not exist; near names
+    ├── UnknownNameError (KeyError)      a format, recipe, machine ... that does not exist
     ├── FormatError (ValueError)         a number format that cannot be
     ├── RecipeError (ValueError)         a recipe that cannot be
     ├── OperandError (ValueError)        a tensor or option an operation cannot take
     ├── SwitchError (RuntimeError)       the switch cannot do what was asked
-    │   └── ScaledGradientError          a gradient would leave the region still multiplied by the loss scale
-    ├── NonFiniteError (FloatingPointError)  gradients or loss are not finite and no loss scale mends it
+    │   └── ScaledGradientError          a gradient would leave the region still scaled
+    ├── NonFiniteError (FloatingPointError)  not finite, and no loss scale mends it
     └── DataError (RuntimeError)         a data set cannot be fetched or is not the one expected
 """
 
@@ -67,7 +67,7 @@ class SwitchError(HalfstepError, RuntimeError):
 
 
 class ScaledGradientError(SwitchError):
-    """A gradient would have left the region still multiplied by the loss scale, or entered it unscaled."""
+    """A gradient would have left the region still scaled, or entered it unscaled."""
 
 
 class NonFiniteError(HalfstepError, FloatingPointError):

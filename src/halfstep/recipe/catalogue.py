@@ -1,0 +1,155 @@
+"""Every recipe that has a name: one literal each, with the paper it comes from."""
+
+from __future__ import annotations
+
+from halfstep.format import Format
+from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
+from halfstep.recipe.recipe import Policy, Recipe
+
+__all__ = ["CATALOGUE", "SYNONYMS", "recipes"]
+
+_FP32 = Format.parse("fp32")
+_BF16 = Format.parse("bf16")
+_FP16 = Format.parse("fp16")
+_UNSCALED = LossScaling(kind=ScalingKind.NONE)
+_DYNAMIC = LossScaling(kind=ScalingKind.DYNAMIC)
+
+_LITERALS = (
+    Recipe(
+        name="fp32",
+        summary="plain FP32: nothing is changed",
+        source="IEEE 754-2019, binary32",
+        weight=_FP32,
+        activation=_FP32,
+        gradient=_FP32,
+        store=_FP32,
+        accumulate=_FP32,
+        master=_FP32,
+        optimizer=_FP32,
+        loss_scaling=_UNSCALED,
+        policy=Policy.AMP,
+    ),
+    Recipe(
+        name="bf16",
+        summary="BF16 storage and multiplication, FP32 accumulation and master weights; "
+        "BF16 has FP32's range, so no loss scale",
+        source="Kalamkar et al., A Study of BFLOAT16 for Deep Learning Training, "
+        "arXiv 1905.12322, section 3",
+        weight=_BF16,
+        activation=_BF16,
+        gradient=_BF16,
+        store=_BF16,
+        accumulate=_FP32,
+        master=_FP32,
+        optimizer=_FP32,
+        loss_scaling=_UNSCALED,
+        policy=Policy.AMP,
+    ),
+    Recipe(
+        name="fp16",
+        summary="FP16 storage and multiplication, FP32 accumulation and master weights, "
+        "dynamic loss scale",
+        source="Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3",
+        weight=_FP16,
+        activation=_FP16,
+        gradient=_FP16,
+        store=_FP16,
+        accumulate=_FP32,
+        master=_FP32,
+        optimizer=_FP32,
+        loss_scaling=_DYNAMIC,
+        policy=Policy.AMP,
+    ),
+    Recipe(
+        name="fp16-naive",
+        summary="plain model.half(): every tensor, the parameters and the optimizer in FP16, "
+        "no loss scale; dot products still add in FP32, as today's hardware does",
+        source="the plain conversion that Micikevicius et al., arXiv 1710.03740, "
+        "sections 1 and 3, find to fail",
+        weight=_FP16,
+        activation=_FP16,
+        gradient=_FP16,
+        store=_FP16,
+        accumulate=_FP32,
+        master=_FP16,
+        optimizer=_FP16,
+        loss_scaling=_UNSCALED,
+        policy=Policy.PAPER,
+    ),
+    Recipe(
+        name="fp16-noscale",
+        summary="fp16 without the loss scale: small gradients become zero",
+        source="ablation of Micikevicius et al., arXiv 1710.03740, section 3.2 and table 2",
+        weight=_FP16,
+        activation=_FP16,
+        gradient=_FP16,
+        store=_FP16,
+        accumulate=_FP32,
+        master=_FP32,
+        optimizer=_FP32,
+        loss_scaling=_UNSCALED,
+        policy=Policy.AMP,
+    ),
+    Recipe(
+        name="fp16-nomaster",
+        summary="fp16 without the FP32 master weights: small updates vanish beside the weights",
+        source="ablation of Micikevicius et al., arXiv 1710.03740, section 3.1 and figure 2",
+        weight=_FP16,
+        activation=_FP16,
+        gradient=_FP16,
+        store=_FP16,
+        accumulate=_FP32,
+        master=_FP16,
+        optimizer=_FP32,
+        loss_scaling=_DYNAMIC,
+        policy=Policy.AMP,
+    ),
+    Recipe(
+        name="fp16-acc16",
+        summary="fp16 with dot products that also add in FP16: long sums drift",
+        source="ablation of Micikevicius et al., arXiv 1710.03740, section 3.3",
+        weight=_FP16,
+        activation=_FP16,
+        gradient=_FP16,
+        store=_FP16,
+        accumulate=_FP16,
+        master=_FP32,
+        optimizer=_FP32,
+        loss_scaling=_DYNAMIC,
+        policy=Policy.AMP,
+    ),
+)
+
+CATALOGUE: dict[str, Recipe] = {recipe.name: recipe for recipe in _LITERALS}
+
+# What users of other libraries already write -> the name here.
+SYNONYMS: dict[str, str] = {
+    # Accelerate
+    "no": "fp32",
+    # torch dtypes and their spellings in other libraries
+    "float32": "fp32",
+    "float": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    # Lightning
+    "32-true": "fp32",
+    "16-mixed": "fp16",
+    "16-true": "fp16-naive",
+    "bf16-mixed": "bf16",
+    # Keras
+    "mixed_float16": "fp16",
+    "mixed_bfloat16": "bf16",
+    # Composer
+    "amp_fp16": "fp16",
+    "amp_bf16": "bf16",
+}
+
+
+def recipes() -> tuple[Recipe, ...]:
+    """Every recipe of the catalogue, FP32 first.
+
+    >>> [recipe.name for recipe in recipes()][:3]
+    ['fp32', 'bf16', 'fp16']
+    """
+    return _LITERALS
