@@ -14,7 +14,7 @@ from halfstep.recipe import LossScaling, Policy, Recipe, ScalingKind, recipes
 from halfstep.recipe.catalogue import SYNONYMS
 from halfstep.recipe.recipe import FORMAT_FIELDS
 
-NAMES = [recipe.name for recipe in recipes()]
+NAMES = list(recipes())
 FORMATS = ["fp32", "bf16", "fp16", "e4m3fn", "e5m2", "e6m9"]
 
 format_changes = st.dictionaries(
@@ -60,8 +60,9 @@ def test_catalogue_is_the_issues():
         "fp16-nomaster",
         "fp16-acc16",
     ]
-    for recipe in recipes():
-        assert Recipe.parse(recipe.name) is recipe
+    for name, recipe in recipes().items():
+        assert recipe.name == name
+        assert Recipe.parse(name) is recipe
         assert str(recipe) == recipe.name
         assert recipe.summary
         assert recipe.source
@@ -84,13 +85,13 @@ def test_an_ablation_is_fp16_but_for_what_its_name_says(name: str, changes: dict
 
 
 def test_only_fp32_is_the_identity_and_only_naive_is_unguarded():
-    assert [r.name for r in recipes() if r.is_identity] == ["fp32"]
-    assert [r.name for r in recipes() if not r.guarded] == ["fp16-naive"]
+    assert [r.name for r in recipes().values() if r.is_identity] == ["fp32"]
+    assert [r.name for r in recipes().values() if not r.guarded] == ["fp16-naive"]
     assert not Recipe.parse("fp32:scaling=dynamic").is_identity
 
 
 def test_loss_scale_of_the_catalogue():
-    scaled = {r.name for r in recipes() if r.loss_scaling.kind is ScalingKind.DYNAMIC}
+    scaled = {r.name for r in recipes().values() if r.loss_scaling.kind is ScalingKind.DYNAMIC}
     assert scaled == {"fp16", "fp16-nomaster", "fp16-acc16"}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from halfstep.format import Format
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
 from halfstep.recipe.recipe import Policy, Recipe
@@ -120,36 +123,38 @@ _LITERALS = (
     ),
 )
 
-CATALOGUE: dict[str, Recipe] = {recipe.name: recipe for recipe in _LITERALS}
+CATALOGUE: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _LITERALS})
 
 # What users of other libraries already write -> the name here.
-SYNONYMS: dict[str, str] = {
-    # Accelerate
-    "no": "fp32",
-    # torch dtypes and their spellings in other libraries
-    "float32": "fp32",
-    "float": "fp32",
-    "float16": "fp16",
-    "half": "fp16",
-    "bfloat16": "bf16",
-    # Lightning
-    "32-true": "fp32",
-    "16-mixed": "fp16",
-    "16-true": "fp16-naive",
-    "bf16-mixed": "bf16",
-    # Keras
-    "mixed_float16": "fp16",
-    "mixed_bfloat16": "bf16",
-    # Composer
-    "amp_fp16": "fp16",
-    "amp_bf16": "bf16",
-}
+SYNONYMS: Mapping[str, str] = MappingProxyType(
+    {
+        # Accelerate
+        "no": "fp32",
+        # torch dtypes and their spellings in other libraries
+        "float32": "fp32",
+        "float": "fp32",
+        "float16": "fp16",
+        "half": "fp16",
+        "bfloat16": "bf16",
+        # Lightning
+        "32-true": "fp32",
+        "16-mixed": "fp16",
+        "16-true": "fp16-naive",
+        "bf16-mixed": "bf16",
+        # Keras
+        "mixed_float16": "fp16",
+        "mixed_bfloat16": "bf16",
+        # Composer
+        "amp_fp16": "fp16",
+        "amp_bf16": "bf16",
+    }
+)
 
 
-def recipes() -> tuple[Recipe, ...]:
-    """Every recipe of the catalogue, FP32 first.
+def recipes() -> Mapping[str, Recipe]:
+    """Every recipe of the catalogue, by name, FP32 first; variants are made by `Recipe.parse`.
 
-    >>> [recipe.name for recipe in recipes()][:3]
-    ['fp32', 'bf16', 'fp16']
+    >>> [name for name, recipe in recipes().items() if recipe.loss_scaling.kind.value == "none"]
+    ['fp32', 'bf16', 'fp16-naive', 'fp16-noscale']
     """
-    return _LITERALS
+    return CATALOGUE
