@@ -6,7 +6,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares the two lists
+    from halfstep.recipe import Recipe as Recipe
+    from halfstep.recipe import recipes as recipes
 
 __version__ = "0.1.0"
 
@@ -16,7 +20,7 @@ _PUBLIC: dict[str, str] = {
     "recipes": "halfstep.recipe",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = sorted(["__version__", *_PUBLIC])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
