@@ -16,8 +16,11 @@ __version__ = "0.1.0"
 
 # public name -> the module it lives in
 _PUBLIC: dict[str, str] = {
+    "Format": "halfstep.format",
     "Recipe": "halfstep.recipe",
+    "formats": "halfstep.format",
     "recipes": "halfstep.recipe",
+    "round_to": "halfstep.ops",
 }
 
 __all__ = sorted(["__version__", *_PUBLIC])  # pyright: ignore[reportUnsupportedDunderAll]

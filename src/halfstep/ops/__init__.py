@@ -1,1 +1,16 @@
 """How a tensor is rounded and multiplied: the reference in plain torch, and native kernels."""
+
+from halfstep.ops.backends import Backend, Choice, choose, explain
+from halfstep.ops.random_bits import Key, draw_key, random_bits
+from halfstep.ops.rounding import round_to
+
+__all__ = [
+    "Backend",
+    "Choice",
+    "Key",
+    "choose",
+    "draw_key",
+    "explain",
+    "random_bits",
+    "round_to",
+]

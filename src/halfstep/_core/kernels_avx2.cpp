@@ -1,0 +1,14 @@
+// The kernels in this instruction set; CMakeLists.txt gives this file its flags.
+#include "lanes_avx2.hpp"
+#include "lanes_portable.hpp"
+#include "round.hpp"
+
+namespace halfstep {
+
+const Kernels avx2_kernels = {
+    "avx2",
+    round_to<Avx2Lanes>,
+    round_to<Portable64>,
+};
+
+}  // namespace halfstep

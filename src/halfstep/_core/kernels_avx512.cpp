@@ -1,0 +1,14 @@
+// The kernels in this instruction set; CMakeLists.txt gives this file its flags.
+#include "lanes_avx512.hpp"
+#include "lanes_portable.hpp"
+#include "round.hpp"
+
+namespace halfstep {
+
+const Kernels avx512_kernels = {
+    "avx512",
+    round_to<Avx512Lanes>,
+    round_to<Portable64>,
+};
+
+}  // namespace halfstep

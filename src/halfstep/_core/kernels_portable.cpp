@@ -1,0 +1,13 @@
+// The kernels in this instruction set; CMakeLists.txt gives this file its flags.
+#include "lanes_portable.hpp"
+#include "round.hpp"
+
+namespace halfstep {
+
+const Kernels portable_kernels = {
+    "portable",
+    round_to<Portable32>,
+    round_to<Portable64>,
+};
+
+}  // namespace halfstep

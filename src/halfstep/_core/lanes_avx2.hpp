@@ -1,0 +1,79 @@
+// Eight lanes in AVX2. Members as in lanes_portable.hpp; a mask is a vector of all ones or zeros.
+#pragma once
+
+#include <immintrin.h>
+
+#include "types.hpp"
+
+namespace halfstep {
+namespace {
+
+struct Avx2Lanes {
+  using word = std::uint32_t;
+  using number = float;
+  using Bits = __m256i;
+  using Float = __m256;
+  struct Mask {
+    __m256i m;
+  };
+  using Random = __m256i;
+  static constexpr int width = 8;
+  static constexpr int mantissa_bits = 23;
+
+  static Bits load(const float* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static void store(float* p, Bits b) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), b); }
+  static void stream(float* p, Bits b) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), b); }
+  static void fence() { _mm_sfence(); }
+
+  static Bits set(std::uint32_t w) { return _mm256_set1_epi32(int(w)); }
+  static Bits bits(Float f) { return _mm256_castps_si256(f); }
+  static Float number_of(Bits b) { return _mm256_castsi256_ps(b); }
+  static Float set_number(float f) { return _mm256_set1_ps(f); }
+
+  static Bits and_(Bits a, Bits b) { return _mm256_and_si256(a, b); }
+  static Bits or_(Bits a, Bits b) { return _mm256_or_si256(a, b); }
+  static Bits add(Bits a, Bits b) { return _mm256_add_epi32(a, b); }
+  static Bits shift_right(Bits a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+  static Mask less(Bits a, Bits b) { return {_mm256_cmpgt_epi32(b, a)}; }
+  static Bits select(Mask m, Bits yes, Bits no) { return _mm256_blendv_epi8(no, yes, m.m); }
+
+  static Float plus(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static Float minus(Float a, Float b) { return _mm256_sub_ps(a, b); }
+  static Float times(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Mask below(Float a, Float b) { return {bits(_mm256_cmp_ps(a, b, _CMP_LT_OQ))}; }
+  static Mask at_least(Float a, Float b) { return {bits(_mm256_cmp_ps(a, b, _CMP_GE_OQ))}; }
+  static Mask both(Mask a, Mask b) { return {_mm256_and_si256(a.m, b.m)}; }
+  static Mask not_both(Mask a, Mask b) { return {_mm256_andnot_si256(b.m, a.m)}; }
+  static Float select(Mask m, Float yes, Float no) {
+    return _mm256_blendv_ps(no, yes, number_of(m.m));
+  }
+  static Float truncate(Float a) {
+    return _mm256_round_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+  }
+
+  static Random counter(std::uint32_t index) {
+    return _mm256_add_epi32(set(index), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static Random xor_set(Random a, std::uint32_t b) { return _mm256_xor_si256(a, set(b)); }
+  static Random xor_shift(Random a, int n) {
+    return _mm256_xor_si256(a, _mm256_srli_epi32(a, n));
+  }
+  static Random multiply(Random a, std::uint32_t b) { return _mm256_mullo_epi32(a, set(b)); }
+  static Bits top_bits(Random r, int shift) { return shift_right(r, 32 - shift); }
+  static Mask carries(Float rest, Random r) {
+    // There is no conversion to unsigned words: the upper and the lower 16 bits one by one.
+    const Float scaled = times(rest, set_number(65536.0f));
+    const Float upper = truncate(scaled);
+    const Float lower = truncate(times(minus(scaled, upper), set_number(65536.0f)));
+    const Bits fraction =
+        or_(_mm256_slli_epi32(_mm256_cvttps_epi32(upper), 16), _mm256_cvttps_epi32(lower));
+    // fraction > ~r, unsigned: flip the sign bits and compare signed
+    const Bits limit = _mm256_xor_si256(r, set(0x7FFFFFFFu));
+    return {_mm256_cmpgt_epi32(_mm256_xor_si256(fraction, set(0x80000000u)), limit)};
+  }
+};
+
+}  // namespace
+}  // namespace halfstep

@@ -1,0 +1,78 @@
+// One lane in plain C++, for 32 and for 64 bits. The other lanes_*.hpp have the same members.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "types.hpp"
+
+namespace halfstep {
+namespace {
+
+template <class Word, class Number, int mantissa>
+struct PortableLanes {
+  using word = Word;
+  using number = Number;
+  using Bits = Word;    // a vector of words
+  using Float = Number; // the same, read as numbers
+  using Mask = bool;
+  using Random = std::uint32_t;  // 32 random bits for each lane
+  static constexpr int width = 1;
+  static constexpr int mantissa_bits = mantissa;
+
+  static Bits load(const Number* p) { return bits(*p); }
+  static void store(Number* p, Bits b) { *p = number_of(b); }
+  static void stream(Number* p, Bits b) { store(p, b); }
+  static void fence() {}
+
+  static Bits set(Word w) { return w; }
+  static Bits bits(Float f) {
+    Word w;
+    std::memcpy(&w, &f, sizeof w);
+    return w;
+  }
+  static Float number_of(Bits b) {
+    Number f;
+    std::memcpy(&f, &b, sizeof f);
+    return f;
+  }
+  static Float set_number(Number f) { return f; }
+
+  static Bits and_(Bits a, Bits b) { return a & b; }
+  static Bits or_(Bits a, Bits b) { return a | b; }
+  static Bits add(Bits a, Bits b) { return a + b; }
+  static Bits shift_right(Bits a, int n) { return n >= int(8 * sizeof(Word)) ? 0 : a >> n; }
+  static Mask less(Bits a, Bits b) { return a < b; }  // of words below 2^31 (2^63)
+  static Bits select(Mask m, Bits yes, Bits no) { return m ? yes : no; }
+
+  static Float plus(Float a, Float b) { return a + b; }
+  static Float minus(Float a, Float b) { return a - b; }
+  static Float times(Float a, Float b) { return a * b; }
+  static Mask below(Float a, Float b) { return a < b; }
+  static Mask at_least(Float a, Float b) { return a >= b; }
+  static Mask both(Mask a, Mask b) { return a && b; }
+  static Mask not_both(Mask a, Mask b) { return a && !b; }  // a and not b
+  static Float select(Mask m, Float yes, Float no) { return m ? yes : no; }
+  static Float truncate(Float a) { return Number(std::int64_t(a)); }  // of 0 <= a < 2^52
+
+  // Random bits of the lanes that follow element `index`
+  static Random counter(std::uint32_t index) { return index; }
+  static Random xor_(Random a, Random b) { return a ^ b; }
+  static Random xor_set(Random a, std::uint32_t b) { return a ^ b; }
+  static Random xor_shift(Random a, int n) { return a ^ (a >> n); }
+  static Random multiply(Random a, std::uint32_t b) { return a * b; }
+  // The `shift` uppermost bits of a random number that is 32 bits, and zeros below, long
+  static Bits top_bits(Random r, int shift) {
+    return shift >= 32 ? Bits(r) << (shift - 32) : Bits(shift == 0 ? 0 : r >> (32 - shift));
+  }
+  // rest * 2^32, floored, plus r is 2^32 or more; 0 <= rest < 1
+  static Mask carries(Float rest, Random r) {
+    return std::uint64_t(rest * Number(4294967296.0)) + r > 0xFFFFFFFFu;
+  }
+};
+
+using Portable32 = PortableLanes<std::uint32_t, float, 23>;
+using Portable64 = PortableLanes<std::uint64_t, double, 52>;
+
+}  // namespace
+}  // namespace halfstep

@@ -1,0 +1,47 @@
+// What the kernels are told: plain data, no Python. The names are those of halfstep.format and
+// halfstep.ops.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace halfstep {
+
+enum class Rounding : int { nearest, stochastic, toward_zero, up, down, away };
+
+// A grid of numbers: multiples of 2^quantum_exponent near zero; from 2^(quantum_exponent +
+// mantissa_bits) on, numbers of mantissa_bits + 1 significant bits; from lowest to highest.
+struct Grid {
+  int quantum_exponent;
+  int mantissa_bits;  // as many as the carrier has where the grid is even all along (fixed point)
+  double highest;
+  double lowest;
+  double overflow_up;    // what a finite number becomes that rounds above highest
+  double overflow_down;  // ... below lowest
+  double infinity_up;    // what +infinity becomes
+  double infinity_down;
+  bool negative_zero;  // false: -0 becomes +0
+};
+
+struct Key {
+  std::uint32_t low;
+  std::uint32_t high;
+};
+
+// One kernel set for each instruction set; elements [begin, end) of the arrays are done. Element
+// i of a stochastic rounding uses random bits i. `stream`: write past the caches.
+struct Kernels {
+  const char* name;
+  void (*round_float32)(const float* x, float* out, std::size_t begin, std::size_t end,
+                        const Grid& grid, Rounding rounding, Key key, bool stream);
+  void (*round_float64)(const double* x, double* out, std::size_t begin, std::size_t end,
+                        const Grid& grid, Rounding rounding, Key key, bool stream);
+};
+
+extern const Kernels portable_kernels;
+#ifdef HALFSTEP_X86
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+}  // namespace halfstep

@@ -1,0 +1,81 @@
+"""The closed sets that a format and a rounding are chosen from."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from halfstep.errors import UnknownNameError
+
+__all__ = ["Kind", "Overflow", "Rounding", "Specials"]
+
+
+class Kind(Enum):
+    """How the bits of a number make its value."""
+
+    FLOAT = "floating-point"
+    """(-1)^sign * 1.mantissa * 2^(exponent - bias), gradual underflow below."""
+    FIXED = "fixed-point"
+    """A two's complement integer times a power of two."""
+    BINARY = "binary"
+    """One bit: -1 or +1."""
+
+
+class Specials(Enum):
+    """Which codes of a float are no finite number."""
+
+    IEEE = "ieee"
+    """The top exponent: infinity where the mantissa is 0, else NaN."""
+    NAN_ONLY = "nan_only"
+    """Only the code whose exponent and mantissa are all ones: NaN. There is no infinity."""
+    NONE = "none"
+    """None: every code is a finite number."""
+
+
+class Overflow(Enum):
+    """What a number becomes that rounds beyond the largest one."""
+
+    INF = "inf"
+    SATURATE = "saturate"
+    NAN = "nan"
+
+
+class Rounding(Enum):
+    """Which neighbour on the grid a number between two becomes."""
+
+    NEAREST = "nearest"
+    """The nearer one; at a tie the one whose last digit is even."""
+    STOCHASTIC = "stochastic"
+    """The farther from zero with a probability equal to the distance from the nearer to zero."""
+    TOWARD_ZERO = "toward_zero"
+    UP = "up"
+    """Toward +infinity."""
+    DOWN = "down"
+    """Toward -infinity."""
+    AWAY = "away"
+    """The nearer one; at a tie the one farther from zero."""
+
+    @classmethod
+    def parse(cls, given: object) -> Rounding:
+        """The rounding of that name; a `Rounding` is returned as it is.
+
+        Raises `UnknownNameError` for any other value.
+
+        >>> Rounding.parse("toward_zero")
+        <Rounding.TOWARD_ZERO: 'toward_zero'>
+        """
+        if isinstance(given, Rounding):
+            return given
+        for member in cls:
+            if member.value == given:
+                return member
+        raise UnknownNameError("rounding", given, [member.value for member in cls])
+
+    def magnitude_grows(self, negative: bool) -> bool:
+        """True if this rounding overflows; else it stops at the largest (IEEE 754 section 7.4)."""
+        if self is Rounding.TOWARD_ZERO:
+            return False
+        if self is Rounding.UP:
+            return not negative
+        if self is Rounding.DOWN:
+            return negative
+        return True

@@ -1,0 +1,94 @@
+"""From a name to a format: catalogue, synonyms, families, and the overflow suffix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from halfstep.errors import FormatError, UnknownNameError
+from halfstep.format.catalogue import CATALOGUE, SYNONYMS
+from halfstep.format.choices import Kind, Overflow, Specials
+from halfstep.format.number import Format
+
+__all__ = ["parse_format"]
+
+_FLOAT = re.compile(r"e(\d{1,3})m(\d{1,3})")
+_INTEGER = re.compile(r"int(\d{1,3})")
+_FIXED = re.compile(r"q(\d{1,3})\.(\d{1,3})")
+
+# Names that mean different formats to different people: we ask instead of choosing.
+_AMBIGUOUS = MappingProxyType(
+    {
+        "fp8": ("e4m3fn", "e5m2"),
+        "float8": ("e4m3fn", "e5m2"),
+        "fp8_e4m3": ("e4m3fn", "e4m3"),
+        "fp6": ("e3m2", "e2m3"),
+    }
+)
+
+# A family member with the numbers of a named format is that format, not a twin of it.
+_FLOATS_BY_WIDTH: Mapping[tuple[int, int], Format] = MappingProxyType(
+    {
+        (f.exponent_bits, f.mantissa_bits): f
+        for f in CATALOGUE.values()
+        if f.specials is Specials.IEEE
+    }
+)
+
+
+def parse_format(given: object) -> Format:
+    """The format that ``given`` means; see `Format.parse`."""
+    if isinstance(given, Format):
+        return given
+    text = str(given).strip().lower().removeprefix("torch.")
+    name, colon, overflow = text.partition(":")
+    if not colon:
+        return _named(name)
+    words = [member.value for member in Overflow]
+    if overflow not in words:
+        raise FormatError(
+            f"overflow {overflow!r} in format {text!r}; allowed after the colon: {', '.join(words)}"
+        )
+    return _named(name).with_overflow(Overflow(overflow))
+
+
+def _named(name: str) -> Format:
+    name = SYNONYMS.get(name, name)
+    if name in CATALOGUE:
+        return CATALOGUE[name]
+    if match := _FLOAT.fullmatch(name):
+        return _float(int(match[1]), int(match[2]))
+    if match := _INTEGER.fullmatch(name):
+        return _fixed(int(match[1]), 0)
+    if match := _FIXED.fullmatch(name):
+        return _fixed(int(match[1]), int(match[2]))
+    if name in _AMBIGUOUS:
+        raise UnknownNameError("format", name, _AMBIGUOUS[name])
+    raise UnknownNameError("format", name, [*CATALOGUE, *SYNONYMS, "eXmY", "intN", "qI.F"])
+
+
+def _float(exponent_bits: int, mantissa_bits: int) -> Format:
+    named = _FLOATS_BY_WIDTH.get((exponent_bits, mantissa_bits))
+    return named or Format(
+        name=f"e{exponent_bits}m{mantissa_bits}",
+        exponent_bits=exponent_bits,
+        mantissa_bits=mantissa_bits,
+        # max(): a width of 0 is refused by Format, in its words
+        bias=2 ** max(exponent_bits - 1, 0) - 1,
+        specials=Specials.IEEE,
+        overflow=Overflow.INF,
+        source="IEEE 754-2019, section 3 with other widths",
+    )
+
+
+def _fixed(integer_bits: int, fraction_bits: int) -> Format:
+    name = f"q{integer_bits}.{fraction_bits}" if fraction_bits else f"int{integer_bits}"
+    return CATALOGUE.get(name) or Format(
+        name=name,
+        kind=Kind.FIXED,
+        integer_bits=integer_bits,
+        mantissa_bits=fraction_bits,
+        source="two's complement, saturating; Q notation as ARM's and Gupta et al., "
+        "arXiv 1502.02551: the sign is one of the integer bits",
+    )

@@ -1,0 +1,130 @@
+"""One table, op x device -> function, and the reason for each choice."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfstep.errors import OperandError, UnknownNameError
+from halfstep.format import Format
+from halfstep.ops import native, reference
+
+__all__ = ["TABLE", "Backend", "Choice", "Row", "choose", "explain"]
+
+
+class Backend(Enum):
+    """Who computes."""
+
+    AUTO = "auto"
+    """The first row of the table that can."""
+    REFERENCE = "reference"
+    NATIVE = "native"
+
+    @classmethod
+    def parse(cls, given: object) -> Backend:
+        """The back end of that name; a `Backend` is returned as it is."""
+        if isinstance(given, Backend):
+            return given
+        for member in cls:
+            if member.value == given:
+                return member
+        raise UnknownNameError("backend", given, [member.value for member in cls])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One implementation of one op."""
+
+    op: str
+    device: str
+    """A device type, or "any"."""
+    backend: Backend
+    function: Callable[..., Any]
+    refuses: Callable[[Format, Sequence[Tensor]], str]
+    """Why it cannot do what is asked; empty if it can."""
+    covers: str
+    """What it can do, in words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """An implementation, and why it was chosen."""
+
+    function: Callable[..., Any]
+    backend: Backend
+    reason: str
+
+
+def _refuses_nothing(format: Format, tensors: Sequence[Tensor]) -> str:
+    return ""
+
+
+# In order of preference.
+TABLE = (
+    Row(
+        op="round_to",
+        device="cpu",
+        backend=Backend.NATIVE,
+        function=native.round_into,
+        refuses=native.refuses_round,
+        covers="eXmY, e4m3fn, e3m2, e2m3, e2m1, intN, qI.F, ternary; every rounding",
+    ),
+    Row(
+        op="round_to",
+        device="any",
+        backend=Backend.REFERENCE,
+        function=reference.round_into,
+        refuses=_refuses_nothing,
+        covers="every format and rounding",
+    ),
+)
+
+
+def choose(
+    op: str, device: torch.device, backend: Backend, *, format: Format, tensors: Sequence[Tensor]
+) -> Choice:
+    """The implementation for these operands: the first row that is asked for and does not refuse.
+
+    Says so, once in a process, where the native kernels are not installed. Raises `OperandError`
+    if the back end that is asked for cannot do it.
+    """
+    refusals: list[str] = []
+    for row in TABLE:
+        if row.op != op or (backend is not Backend.AUTO and row.backend is not backend):
+            continue
+        if row.device not in (device.type, "any"):
+            refusals.append(f"{row.backend.value} runs on {row.device}, not {device.type}")
+            continue
+        refusal = row.refuses(format, tensors)
+        if not refusal:
+            reason = "; ".join(refusals) or f"{row.backend.value} covers {row.covers}"
+            return Choice(function=row.function, backend=row.backend, reason=reason)
+        refusals.append(refusal)
+        if refusal == native.MISSING and backend is Backend.AUTO:
+            _warn_missing()
+    raise OperandError(
+        f"{op} on {device}: backend {backend.value!r} cannot: {'; '.join(refusals)}; "
+        "use backend='auto'"
+    )
+
+
+@cache
+def _warn_missing() -> None:
+    warnings.warn(
+        f"halfstep runs without its native kernels, more slowly: {native.MISSING}. "
+        "To build them, install a C++17 compiler and say: pip install --force-reinstall halfstep",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def explain() -> list[tuple[str, str, str, str]]:
+    """The table in words, in order of preference: (op, device, back end, what it covers)."""
+    return [(row.op, row.device, row.backend.value, row.covers) for row in TABLE]

@@ -1,0 +1,129 @@
+"""The CPU back end: thin calls into ``halfstep._core``. Equal to the reference bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfstep.format import Format, Kind, Rounding, overflow
+from halfstep.ops.random_bits import Key
+
+try:
+    from halfstep import _core
+
+    # by name: where only the sources are, `halfstep._core` is an empty namespace package
+    from halfstep._core import Grid
+
+    MISSING = ""
+except ImportError as error:
+    _core: Any = None
+    Grid: Any = None
+    MISSING = f"the extension halfstep._core is not there ({error})"
+
+__all__ = ["MISSING", "instruction_set", "refuses_round", "round_into"]
+
+_CODES = {
+    Rounding.NEAREST: 0,
+    Rounding.STOCHASTIC: 1,
+    Rounding.TOWARD_ZERO: 2,
+    Rounding.UP: 3,
+    Rounding.DOWN: 4,
+    Rounding.AWAY: 5,
+}
+
+
+@contextlib.contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Runs the native kernels in that instruction set for a while; for tests."""
+    before = _core.instruction_set()
+    _core.use_instruction_set(name)
+    try:
+        yield
+    finally:
+        _core.use_instruction_set(before)
+
+
+def refuses_round(format: Format, tensors: Sequence[Tensor]) -> str:
+    """Why the kernels cannot round these tensors to that format; empty if they can."""
+    if MISSING:
+        return MISSING
+    # e1m0, whose smallest step is 2, would scale the least float32 numbers to nothing
+    if format.kind is Kind.BINARY or not format.has_zero or format.quantum_exponent > 0:
+        return f"{format} has no native kernel"
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"a {type(tensor).__name__} may have no memory of its own"
+    return ""
+
+
+def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: Key) -> None:
+    """Writes to ``out`` every element of ``x``, rounded once to the format.
+
+    See `halfstep.round_to`. 16-bit tensors are widened to float32, which is exact, and so is
+    narrowing the result, because ``out`` holds every number of the format.
+    """
+    carrier = torch.float64 if x.dtype is torch.float64 else torch.float32
+    source = x.detach().to(carrier).resolve_neg()
+    if rounding is not Rounding.STOCHASTIC:
+        # element by element, whatever their order: walk a transposed tensor as it lies
+        order = sorted(range(x.dim()), key=source.stride, reverse=True)
+        source, target = source.permute(order), out.permute(order)
+    else:
+        target = out
+    source = source.contiguous()
+    direct = (
+        target.is_contiguous()
+        and target.dtype is carrier
+        and not target.is_neg()
+        and not _overlaps(target, source)
+    )
+    rounded = target if direct else torch.empty_like(source)
+    if source.numel():
+        function = _core.round_float64 if carrier is torch.float64 else _core.round_float32
+        function(
+            source.data_ptr(),
+            rounded.data_ptr(),
+            source.numel(),
+            _grid(format, rounding, carrier),
+            _CODES[rounding],
+            key.low,
+            key.high,
+            torch.get_num_threads(),
+        )
+    if direct:
+        torch.autograd.graph.increment_version(out)
+    else:
+        target.copy_(rounded)
+
+
+def _overlaps(out: Tensor, x: Tensor) -> bool:
+    """True if writing ``out`` could change an element of ``x`` other than the one just read."""
+    return (
+        out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        and out.data_ptr() != x.data_ptr()
+    )
+
+
+@cache
+def _grid(format: Format, rounding: Rounding, carrier: torch.dtype) -> Any:
+    digits = 52 if carrier is torch.float64 else 23
+    return Grid(
+        quantum_exponent=format.quantum_exponent,
+        mantissa_bits=format.mantissa_bits if format.kind is Kind.FLOAT else digits,
+        highest=format.max,
+        lowest=format.lowest,
+        overflow_up=_becomes(format, rounding, negative=False, finite=True),
+        overflow_down=_becomes(format, rounding, negative=True, finite=True),
+        infinity_up=_becomes(format, rounding, negative=False, finite=False),
+        infinity_down=_becomes(format, rounding, negative=True, finite=False),
+        negative_zero=format.has_negative_zero,
+    )
+
+
+def _becomes(format: Format, rounding: Rounding, *, negative: bool, finite: bool) -> float:
+    return float(overflow(format, rounding, negative=negative, finite=finite))

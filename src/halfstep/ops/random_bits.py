@@ -1,0 +1,59 @@
+"""Random bits by counter: element i of a draw has the same 32 bits on every back end.
+
+bits(i) = mix(i, key), where the key comes from one number drawn from a `torch.Generator` for each
+call. No state, so neither threads nor order nor memory layout matter. The native kernels have the
+same three functions in ``_core/random.hpp``. Why not Philox: docs/decisions/0010.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Key", "draw_key", "random_bits"]
+
+_MASK = 0xFFFFFFFF
+# The multipliers and shifts are the best known for two rounds of xorshift-multiply (C. Wellons,
+# hash-prospector, issue 19); both are below 2^31, so that a product with 32 bits fits an int64.
+_FIRST, _SECOND = 0x21F0AAAD, 0x735A2D97
+_STRIDE = 0x9E3779B9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """64 bits that choose one stream; two halves of 32."""
+
+    low: int = 0
+    high: int = 0
+
+    @classmethod
+    def from_seed(cls, seed: int) -> Key:
+        """The key of a seed: splitmix64's output, so that near seeds have far keys."""
+        mask = 0xFFFFFFFFFFFFFFFF
+        z = (seed + 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        z ^= z >> 31
+        return cls(low=z & _MASK, high=z >> 32)
+
+
+def draw_key(generator: torch.Generator | None) -> Key:
+    """A key from one draw of the generator; of torch's default CPU generator where it is None.
+
+    The same seed of the generator gives the same key, and each call moves the generator on.
+    """
+    device = generator.device if generator is not None else "cpu"
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
+    return Key.from_seed(int(seed))
+
+
+def random_bits(key: Key, shape: torch.Size, device: torch.device) -> Tensor:
+    """int64 tensor of that shape, uniform in [0, 2^32); element i in row-major order has bits(i)."""
+    index = torch.arange(shape.numel(), dtype=torch.int64, device=device).reshape(shape)
+    h = (index & _MASK) ^ key.low
+    h = ((h ^ (h >> 16)) * _FIRST) & _MASK
+    h = h ^ (h >> 15) ^ ((key.high + (index >> 32) * _STRIDE) & _MASK)
+    h = (h * _SECOND) & _MASK
+    return h ^ (h >> 15)

@@ -1,0 +1,121 @@
+"""The living definition of every op, in plain torch, on any device. Every back end is held to it.
+
+Names and control flow are those of the text-book twin, `halfstep.format.codec`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from halfstep.format import Format, Kind, Rounding, overflow
+from halfstep.ops.random_bits import Key, random_bits
+
+__all__ = ["count_nonfinite", "round_into"]
+
+
+def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: Key) -> None:
+    """Writes to ``out`` every element of ``x``, rounded once to the format.
+
+    See `halfstep.round_to`. All is computed in float64, where every step is exact: a float of at
+    most 53 bits, divided by a power of two, is a float64, and so is its rest below an integer.
+    """
+    value = x.detach().to(torch.float64)
+    if format.kind is Kind.BINARY:
+        result = _round_binary(value, rounding, key)
+    else:
+        result = _round_number(value, format, rounding, key)
+    # value + value: a signalling NaN becomes quiet and keeps its sign and payload
+    out.copy_(torch.where(value.isnan(), value + value, result))
+
+
+def _round_number(value: Tensor, format: Format, rounding: Rounding, key: Key) -> Tensor:
+    negative = value.signbit()
+    magnitude = value.abs()
+    quantum_exponent = _quantum_exponent(magnitude, format)
+    count = magnitude * _power_of_two(-quantum_exponent)
+    whole = count.floor()
+    whole = whole + _STEPS[rounding](whole, count - whole, negative, key)
+    result = whole * _power_of_two(quantum_exponent)
+    if not format.has_zero:
+        result = result.clamp(min=format.smallest)
+    if format.signed:
+        result = torch.copysign(result, value)
+    result = _overflow(result, value, format, rounding)
+    if not format.signed:
+        result = result.where(~negative | (magnitude == 0), torch.nan)
+    return result if format.has_negative_zero else result + 0.0
+
+
+def _quantum_exponent(magnitude: Tensor, format: Format) -> Tensor:
+    """log2 of the grid's spacing where each number is, as if exponents had no upper end."""
+    if format.kind is Kind.FIXED:
+        return torch.full_like(magnitude, format.quantum_exponent, dtype=torch.int64)
+    exponent = torch.frexp(magnitude).exponent.to(torch.int64) - 1
+    # Beyond 2^128 every format overflows; the clamp keeps the powers of two below float64's range,
+    # and the undefined exponents of infinity and NaN in it.
+    return exponent.clamp(format.min_exponent, 128) - format.mantissa_bits
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent as float64, exactly (torch.ldexp goes through float32)."""
+    return ((exponent + 1023) << 52).view(torch.float64)
+
+
+_Step = Callable[[Tensor, Tensor, Tensor, Key], Tensor]
+
+
+def _to_nearest(whole: Tensor, rest: Tensor, _: Tensor, __: Key) -> Tensor:
+    return (rest > 0.5) | ((rest == 0.5) & (whole.remainder(2) == 1))
+
+
+def _stochastic(_: Tensor, rest: Tensor, __: Tensor, key: Key) -> Tensor:
+    uniform = random_bits(key, rest.shape, rest.device)  # in units of 2^-32
+    return (rest * 2.0**32).floor() + uniform >= 2.0**32
+
+
+# rounding -> does the count of quanta grow by one? (whole, rest in [0, 1), negative, key)
+_STEPS: Mapping[Rounding, _Step] = MappingProxyType(
+    {
+        Rounding.NEAREST: _to_nearest,
+        Rounding.AWAY: lambda _, rest, __, ___: rest >= 0.5,
+        Rounding.TOWARD_ZERO: lambda _, rest, __, ___: rest > 1,
+        Rounding.UP: lambda _, rest, negative, __: (rest > 0) & ~negative,
+        Rounding.DOWN: lambda _, rest, negative, __: (rest > 0) & negative,
+        Rounding.STOCHASTIC: _stochastic,
+    }
+)
+
+
+def _overflow(result: Tensor, value: Tensor, format: Format, rounding: Rounding) -> Tensor:
+    finite = value.isfinite()
+    for negative in (False, True):
+        beyond = result < format.lowest if negative else result > format.max
+        if negative and not format.signed:
+            continue
+        for is_finite in (False, True):
+            becomes = float(overflow(format, rounding, negative=negative, finite=is_finite))
+            result = result.masked_fill(beyond & (finite == is_finite), becomes)
+    return result
+
+
+def _round_binary(value: Tensor, rounding: Rounding, key: Key) -> Tensor:
+    if rounding is Rounding.STOCHASTIC:
+        # (1 + value) / 2 + uniform >= 1 in units of 2^-32; 1 + value alone would round
+        uniform = random_bits(key, value.shape, value.device)
+        positive = (value.clamp(-1, 1) * 2.0**31).floor() + uniform >= 2.0**31
+    else:
+        positive = value >= 0
+    return positive.to(torch.float64) * 2 - 1
+
+
+def count_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
+    """How many elements of each tensor are infinite or NaN; one synchronisation for all."""
+    if not tensors:
+        return []
+    counts = [(~t.isfinite()).sum() for t in tensors]
+    device = counts[0].device
+    return torch.stack([count.to(device) for count in counts]).tolist()
