@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares the two lists
+    from halfstep.format import Format as Format
+    from halfstep.format import formats as formats
+    from halfstep.ops import round_to as round_to
     from halfstep.recipe import Recipe as Recipe
     from halfstep.recipe import recipes as recipes
 

@@ -25,6 +25,10 @@ struct Constants {
   explicit Constants(const Grid& grid)
       : shift(L::mantissa_bits - grid.mantissa_bits),
         unit(word(1) << shift),
+        // To nearest: half a unit, less one where ties go to even by the last bit kept. Without a
+        // mantissa that bit would be the exponent's: ties then go up, to the larger magnitude.
+        last_bit(shift > 0 && grid.mantissa_bits > 0 ? 1 : 0),
+        below_half(shift > 0 ? unit / 2 - last_bit : 0),
         even_below(bits_of_power(grid.quantum_exponent + grid.mantissa_bits)),
         magic(number(std::ldexp(1.0, grid.quantum_exponent + L::mantissa_bits))),
         // Where no lane is below even_below: 0, not a subnormal, which would be slow to multiply.
@@ -51,6 +55,8 @@ struct Constants {
 
   int shift;        // bits dropped from a normal number
   word unit;        // 1 << shift
+  word last_bit;    // 1 where it decides ties
+  word below_half;
   word even_below;  // bits of the smallest normal number: below it the grid is even
   number magic;     // a number whose last bit is worth one quantum
   number quantum;
@@ -103,9 +109,8 @@ struct Rounder {
     const Bits all_dropped = L::set(c.unit - 1);
     Bits addend = L::set(0);
     if constexpr (rounding == Rounding::nearest) {
-      // one less than half a unit, and one more where the last bit kept is odd
-      const Bits last = L::and_(L::shift_right(magnitude, c.shift), L::set(c.shift > 0 ? 1 : 0));
-      addend = L::add(last, L::set(c.shift > 0 ? c.unit / 2 - 1 : 0));
+      const Bits last = L::and_(L::shift_right(magnitude, c.shift), L::set(c.last_bit));
+      addend = L::add(last, L::set(c.below_half));
     } else if constexpr (rounding == Rounding::away) {
       addend = L::set(c.unit / 2);
     } else if constexpr (rounding == Rounding::up) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -13,17 +14,19 @@ from torch import Tensor
 from halfstep.format import Format, Kind, Rounding, overflow
 from halfstep.ops.random_bits import Key
 
-try:
-    from halfstep import _core
 
-    # by name: where only the sources are, `halfstep._core` is an empty namespace package
-    from halfstep._core import Grid
+def _load() -> tuple[Any, str]:
+    """The extension, and why it is missing; imported by name, as it is no Python module."""
+    try:
+        core = importlib.import_module("halfstep._core")
+    except ImportError as error:
+        return None, f"the extension halfstep._core is not there ({error})"
+    # where only its sources are, that name is an empty namespace package
+    missing = "" if hasattr(core, "Grid") else "the extension halfstep._core is not there"
+    return core, missing
 
-    MISSING = ""
-except ImportError as error:
-    _core: Any = None
-    Grid: Any = None
-    MISSING = f"the extension halfstep._core is not there ({error})"
+
+_core, MISSING = _load()
 
 __all__ = ["MISSING", "instruction_set", "refuses_round", "round_into"]
 
@@ -112,7 +115,7 @@ def _overlaps(out: Tensor, x: Tensor) -> bool:
 @cache
 def _grid(format: Format, rounding: Rounding, carrier: torch.dtype) -> Any:
     digits = 52 if carrier is torch.float64 else 23
-    return Grid(
+    return _core.Grid(
         quantum_exponent=format.quantum_exponent,
         mantissa_bits=format.mantissa_bits if format.kind is Kind.FLOAT else digits,
         highest=format.max,

@@ -50,7 +50,7 @@ def draw_key(generator: torch.Generator | None) -> Key:
 
 
 def random_bits(key: Key, shape: torch.Size, device: torch.device) -> Tensor:
-    """int64 tensor of that shape, uniform in [0, 2^32); element i in row-major order has bits(i)."""
+    """int64 tensor, uniform in [0, 2^32); element i in row-major order has bits(i)."""
     index = torch.arange(shape.numel(), dtype=torch.int64, device=device).reshape(shape)
     h = (index & _MASK) ^ key.low
     h = ((h ^ (h >> 16)) * _FIRST) & _MASK

@@ -35,6 +35,8 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
 def _round_number(value: Tensor, format: Format, rounding: Rounding, key: Key) -> Tensor:
     negative = value.signbit()
     magnitude = value.abs()
+    # Numbers below 2^-300 all round alike; scaled as they are, the least would vanish.
+    magnitude = torch.where(magnitude > 0, magnitude.clamp(min=2.0**-300), magnitude)
     quantum_exponent = _quantum_exponent(magnitude, format)
     count = magnitude * _power_of_two(-quantum_exponent)
     whole = count.floor()
