@@ -9,7 +9,7 @@ SHELL  := /bin/bash
 
 NATIVE := CMakeLists.txt $(wildcard src/halfstep/_core/*.cpp src/halfstep/_core/*.hpp)
 
-.PHONY: help setup demo test test-all lint type bench clean
+.PHONY: help setup demo test test-all lint type docs bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -41,6 +41,9 @@ lint: $(STAMP) ## ruff and the one-way import contract
 
 type: $(STAMP) ## pyright
 	$(BIN)/pyright --stats=false 2>/dev/null || $(BIN)/pyright
+
+docs: $(STAMP) ## rewrite the tables of README.md and docs/ from the catalogues
+	$(BIN)/python docs/tables.py
 
 bench: $(STAMP) ## the performance table
 	$(BIN)/halfstep bench switch

@@ -1,0 +1,74 @@
+"""Writes the tables of README.md and docs/ from the catalogues: `make docs`.
+
+With ``--check`` nothing is written and the status is 1 if a page is not current.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from halfstep.cli import cell, format_record, recipe_record
+from halfstep.format import formats
+from halfstep.recipe import recipes
+from halfstep.recipe.catalogue import SYNONYMS
+
+ROOT = Path(__file__).parents[1]
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(records: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """The columns of the records as a table."""
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[cell(record[column]) for column in columns] for record in records]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def tables() -> dict[str, str]:
+    """Every table that a page may name."""
+    format_records = [format_record(it) for it in formats().values()]
+    recipe_records = [recipe_record(it) for it in recipes().values()]
+    synonyms = [{"written": written, "means": name} for written, name in SYNONYMS.items()]
+    fields = ("name", "operands", "store", "accumulate", "master", "optimizer")
+    return {
+        "formats": markdown(
+            format_records,
+            ("name", "bits", "exponent", "mantissa", "max", "smallest normal", "smallest", "eps"),
+        ),
+        "format-behaviour": markdown(
+            format_records, ("name", "kind", "inf", "nan", "overflow", "source")
+        ),
+        "recipes": markdown(recipe_records, (*fields, "scaling", "policy")),
+        "recipe-summaries": markdown(recipe_records, ("name", "summary")),
+        "recipe-sources": markdown(recipe_records, ("name", "summary", "source")),
+        "recipe-synonyms": markdown(synonyms, ("written", "means")),
+    }
+
+
+def filled(page: str) -> str:
+    """The page with each marked table as the catalogue has it now."""
+    current = tables()
+    return MARKED.sub(lambda found: f"{found[1]}{current[found[2]]}{found[3]}", page)
+
+
+def main() -> int:
+    """0, or with ``--check`` 1 where a page is stale."""
+    stale: list[Path] = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        page = path.read_text()
+        if filled(page) != page:
+            stale.append(path)
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is stale; run `make docs`")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(filled(path.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""The examples in docstrings say what happens."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import halfstep
+
+MODULES = ["halfstep"] + [
+    found.name
+    for found in pkgutil.walk_packages(halfstep.__path__, "halfstep.")
+    if not found.name.startswith("halfstep._core")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str):
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0

@@ -1,0 +1,162 @@
+"""The command line: help with an example, tables, JSON, statuses, errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import halfstep
+from halfstep import cli
+from halfstep.format import formats
+from halfstep.recipe import recipes
+from halfstep.study.benchmarks import switch as switch_benchmark
+from halfstep.study.benchmarks.harness import Ratio, Row, Sense, Target
+
+COMMANDS = [["formats"], ["recipes"], ["bench", "switch"]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs ``halfstep ARGUMENTS``; returns status, stdout and stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["halfstep", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(left.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def row(median: float) -> Row:
+    return Row(
+        case="halfstep bf16 step, CNN",
+        against="autocast bf16, time ratio",
+        figure=Ratio(median=median, low=median, high=median, rounds=3),
+        target=Target(sense=Sense.AT_MOST, bound=1.0),
+    )
+
+
+def test_version(run):
+    assert run("--version") == (0, f"halfstep {halfstep.__version__}\n", "")
+
+
+def test_no_command_explains(run):
+    _, out, err = run()
+    assert all(command in out + err for command in ("formats", "recipes", "bench"))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_has_an_example_and_json(run, command: list[str]):
+    status, out, _ = run(*command, "--help")
+    assert status == 0
+    assert f"Example: halfstep {' '.join(command)}" in out
+    assert "--json" in out
+
+
+def test_formats_table_and_json_have_the_whole_catalogue(run):
+    status, table, _ = run("formats")
+    assert status == 0
+    assert [line.split()[0] for line in table.splitlines()[1:]] == list(formats())
+    status, text, _ = run("formats", "--json")
+    assert [record["name"] for record in json.loads(text)] == list(formats())
+
+
+def test_one_format(run):
+    _, out, _ = run("formats", "fp16")
+    assert "65504" in out
+    record = json.loads(run("formats", "e6m9", "--json")[1])
+    assert (record["exponent"], record["mantissa"], record["max"]) == (6, 9, 4290772992.0)
+
+
+def test_a_limit_that_does_not_exist_is_null_in_json(run):
+    assert math.isnan(formats()["int8"].smallest_normal)
+    record = json.loads(run("formats", "int8", "--json")[1])
+    assert record["smallest normal"] is None
+
+
+def test_recipes_table_and_json_have_the_whole_catalogue(run):
+    _, table, _ = run("recipes")
+    assert all(name in table for name in recipes())
+    _, text, _ = run("recipes", "--json")
+    assert [record["name"] for record in json.loads(text)] == list(recipes())
+
+
+def test_one_recipe_and_a_variant(run):
+    record = json.loads(run("recipes", "16-mixed", "--json")[1])
+    assert record["name"] == "fp16"
+    assert record["loss scaling"]["initial"] == 65536.0
+    _, out, _ = run("recipes", "fp16:accumulate=fp16")
+    assert "fp16:accumulate=fp16" in out
+    assert "1710.03740" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipes", "fp61"], "halfstep: unknown recipe 'fp61'; did you mean fp16"),
+        (["recipes", "fp16:acc=fp16"], "halfstep: unknown key 'acc' in 'fp16:acc=fp16'"),
+        (["formats", "fp61"], "halfstep: unknown format 'fp61'; did you mean fp16"),
+        (["formats", "e9m9"], "halfstep: "),
+        (["formatz"], "No such command 'formatz'"),
+        (["bench", "switch", "--rounds", "0"], "Invalid value for '--rounds'"),
+    ],
+)
+def test_misuse_is_status_2_and_says_what(run, arguments: list[str], message: str):
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert message in err
+    assert out == ""
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("median", "status"), [(0.98, 0), (1.07, 1)])
+def test_bench_prints_figure_beside_target_and_answers_by_status(
+    run, monkeypatch: pytest.MonkeyPatch, median: float, status: int
+):
+    monkeypatch.setattr(switch_benchmark, "rows", lambda **_: iter([row(0.9), row(median)]))
+    left, out, _ = run("bench", "switch")
+    assert left == status
+    header, first, second = out.splitlines()
+    assert header.split() == ["case", "against", "figure", "quartiles", "target", "met"]
+    assert first.split()[-5:] == ["0.90", "0.90-0.90", "<=", "1.00", "yes"]
+    assert second.split()[-1] == ("yes" if status == 0 else "no")
+
+
+def test_bench_json_and_record(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(switch_benchmark, "rows", lambda **_: iter([row(0.9)]))
+    status, out, err = run("bench", "switch", "--json", "--save", str(tmp_path))
+    assert status == 0
+    assert json.loads(out)["rows"][0]["met"] is True
+    assert json.loads(out)["machine"]["torch"]
+    written = sorted(path.suffix for path in tmp_path.iterdir())
+    assert written == [".json", ".md"]
+    assert err.count("written: ") == 2
+    (page,) = tmp_path.glob("*.md")
+    assert f"`halfstep bench switch --json --save {tmp_path}`" in page.read_text()
+
+
+def test_interrupt_is_status_130(run, monkeypatch: pytest.MonkeyPatch):
+    def rows(**_: object):
+        yield row(0.9)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(switch_benchmark, "rows", rows)
+    status, out, err = run("bench", "switch")
+    assert status == 130
+    assert "CNN" in out, "what was measured before is kept"
+    assert "Traceback" not in err
+
+
+def test_installed_command():
+    program = Path(sys.executable).parent / "halfstep"
+    result = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout == f"halfstep {halfstep.__version__}\n"
