@@ -102,7 +102,11 @@ def list_recipes(
     if name:
         _print_record(recipe_record(Recipe.parse(name)), as_json=as_json)
     else:
-        _print_records([recipe_record(it) for it in recipes().values()], _RECIPE_COLUMNS, as_json)
+        records = [recipe_record(it) for it in recipes().values()]
+        _print_records(records, _RECIPE_COLUMNS, as_json)
+        if not as_json:
+            print()
+            _print_records(records, ("name", "summary"), as_json)
 
 
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds in which all contestants take turns.")]
@@ -127,8 +131,8 @@ def bench_switch(
 # --- records: one source for tables, JSON and the pages under docs/ ------------------------------
 
 _FORMAT_COLUMNS = ("name", "bits", "exponent", "mantissa", "max", "smallest", "eps", "inf", "nan")
-_RECIPE_COLUMNS = ("name", "operands", "store", "accumulate", "master", "optimizer", "scaling")
-_RECIPE_COLUMNS += ("policy", "summary")
+_RECIPE_COLUMNS = ("name", "operands", "store", "accumulate", "master", "optimizer")
+_RECIPE_COLUMNS += ("scaling", "policy")
 
 
 def format_record(it: Format) -> dict[str, Any]:
@@ -215,7 +219,9 @@ def cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return "-" if math.isnan(value) else f"{value:.5g}"
+        if math.isnan(value):
+            return "-"
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.4g}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {cell(item)}" for key, item in value.items())
     return str(value)
