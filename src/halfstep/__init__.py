@@ -24,6 +24,7 @@ _PUBLIC: dict[str, str] = {
     "formats": "halfstep.format",
     "recipes": "halfstep.recipe",
     "round_to": "halfstep.ops",
+    "switch": "halfstep.switching",
 }
 
 __all__ = sorted(["__version__", *_PUBLIC])  # pyright: ignore[reportUnsupportedDunderAll]

@@ -2,6 +2,7 @@
 
 from halfstep.ops.backends import Backend, Choice, choose, explain
 from halfstep.ops.random_bits import Key, draw_key, random_bits
+from halfstep.ops.reference import count_nonfinite
 from halfstep.ops.rounding import round_to
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Choice",
     "Key",
     "choose",
+    "count_nonfinite",
     "draw_key",
     "explain",
     "random_bits",

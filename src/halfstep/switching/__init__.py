@@ -1,1 +1,19 @@
 """Put a recipe on a program: region, working copies, loss scale, optimizer side."""
+
+from halfstep.switching.explanation import Explanation
+from halfstep.switching.loss_scale import LossScale, StepReason, StepReport
+from halfstep.switching.plan import Executor, Plan, PlanRow, make_plan
+from halfstep.switching.switch import Switch, switch
+
+__all__ = [
+    "Executor",
+    "Explanation",
+    "LossScale",
+    "Plan",
+    "PlanRow",
+    "StepReason",
+    "StepReport",
+    "Switch",
+    "make_plan",
+    "switch",
+]

@@ -1,0 +1,140 @@
+"""How a module is made to take part: its parameters read lazily, its calls open the region."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from halfstep.switching.region import LazyParameters, current, keeps_fp32
+
+__all__ = ["Runner", "adopt", "fingerprint", "release", "working_dtypes"]
+
+
+class Runner(Protocol):
+    """What a call needs of its switch: to run a module as the outermost one of a region."""
+
+    def run(
+        self,
+        module: nn.Module,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """``call(*args, **kwargs)`` inside a region of its own."""
+        ...
+
+
+class _Call:
+    """Stands at a module's ``_call_impl``: opens a region where none is open. A copied module has none."""
+
+    __slots__ = ("inner", "module", "owners", "recurrent")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.inner = type(module)._call_impl.__get__(module)
+        self.owners: list[Runner] = []
+        self.recurrent = isinstance(module, nn.RNNBase)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._with_flat_weights if self.recurrent else self.inner
+        if current() is not None:
+            return call(*args, **kwargs)
+        return self.owners[0].run(self.module, call, args, kwargs)
+
+    def _with_flat_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """Recurrent layers keep a list of weights beside ``_parameters``: working copies go there too."""
+        module: Any = self.module
+        names = module._flat_weights_names
+        kept = {k: module.__dict__[k] for k in _FLAT if k in module.__dict__}
+        copies = [getattr(module, name, None) for name in names]
+        module.__dict__["_flat_weights"] = copies
+        module.__dict__["_flat_weight_refs"] = [
+            None if c is None else weakref.ref(c) for c in copies
+        ]
+        try:
+            return self.inner(*args, **kwargs)
+        finally:
+            module.__dict__.update(kept)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self.module))
+        return _plain_call(copied) if copied is not None else self.inner
+
+    def __reduce__(self) -> Any:
+        return _plain_call, (self.module,)
+
+
+_FLAT = ("_flat_weights", "_flat_weight_refs")
+
+
+def _plain_call(module: nn.Module) -> Any:
+    return types.MethodType(type(module)._call_impl, module)
+
+
+def adopt(root: nn.Module, runner: Runner) -> list[nn.Module]:
+    """Make every module of ``root`` take part for ``runner``; returns those that did not yet."""
+    new = []
+    for module in root.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        state = module.__dict__
+        call = state.get("_call_impl")
+        if not isinstance(call, _Call):
+            call = state["_call_impl"] = _Call(module)
+        if runner not in call.owners:
+            call.owners.append(runner)
+            new.append(module)
+        if not isinstance(state["_parameters"], LazyParameters):
+            names = frozenset(n for n in state["_parameters"] if keeps_fp32(module, n))
+            state["_parameters"] = LazyParameters(state["_parameters"], names)
+    return new
+
+
+def release(module: nn.Module, runner: Runner) -> None:
+    """Undo `adopt` for one module; the last runner leaves it as it was."""
+    call = module.__dict__.get("_call_impl")
+    if not isinstance(call, _Call) or runner not in call.owners:
+        return
+    call.owners.remove(runner)
+    if not call.owners:
+        del module.__dict__["_call_impl"]
+        lazy = module.__dict__["_parameters"]
+        if isinstance(lazy, LazyParameters):
+            module.__dict__["_parameters"] = lazy.plain()
+
+
+def fingerprint(root: nn.Module) -> int:
+    """A number that changes when a module or a parameter is added, replaced or removed below ``root``."""
+    seen: list[int] = []
+    visited = set()
+    stack = [root]
+    while stack:
+        module = stack.pop()
+        if module in visited:
+            continue
+        visited.add(module)
+        state = module.__dict__
+        seen.append(id(module))
+        seen.extend(map(id, state["_parameters"].values()))
+        seen.append(type(state["_parameters"]) is LazyParameters)
+        children = state["_modules"]
+        if children:
+            stack.extend(m for m in children.values() if m is not None)
+    return hash(tuple(seen))
+
+
+def working_dtypes(root: nn.Module, low: torch.dtype) -> list[tuple[Tensor, torch.dtype]]:
+    """Each parameter once, in order, with the dtype that the region reads it in."""
+    seen: set[int] = set()
+    found = []
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found.append((parameter, torch.float32 if keeps_fp32(module, name) else low))
+    return found

@@ -1,0 +1,118 @@
+"""No gradient leaves scaled, none enters unscaled: the autograd graph is walked to see that.
+
+A gradient inside the region is multiplied by the loss scale. Should the graph reach a tensor outside by
+any way but the boundary, its gradient would be wrong by the scale with no other sign of it: the one
+failure that the design must make impossible. Both directions are checked on first calls, after every
+change of the module tree, and then on calls 2, 4, 8, 16 ...
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from halfstep.errors import ScaledGradientError
+from halfstep.switching.boundary import BOUNDARY_NODES
+
+__all__ = ["Intervals", "Schedule", "check_forward", "check_roots"]
+
+
+class Schedule:
+    """True on the first calls, after `restart`, and then ever more rarely: 1, 2, 3, 4, 8, 16 ..."""
+
+    __slots__ = ("_calls",)
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def restart(self) -> None:
+        """Begin again: something has changed."""
+        self._calls = 0
+
+    def due(self) -> bool:
+        """Count one call; True where it is to be audited."""
+        self._calls += 1
+        return self._calls <= 3 or self._calls & (self._calls - 1) == 0
+
+
+class Intervals:
+    """Which graph nodes were made inside a region: torch numbers the nodes of a thread in order."""
+
+    __slots__ = ("_ends", "_keep", "_starts")
+
+    def __init__(self, keep: int = 4096) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._keep = keep
+
+    def add(self, start: int, end: int) -> None:
+        """Nodes ``start`` to ``end - 1`` were made inside."""
+        self._starts.append(start)
+        self._ends.append(end)
+        if len(self._starts) > self._keep:
+            del self._starts[: self._keep // 2], self._ends[: self._keep // 2]
+
+    def __contains__(self, number: int) -> bool:
+        k = bisect_right(self._starts, number) - 1
+        return k >= 0 and number < self._ends[k]
+
+
+def check_forward(
+    outputs: Iterable[Tensor],
+    first_node: int,
+    where: str,
+    describe: Callable[[Tensor], str],
+) -> None:
+    """Raise `ScaledGradientError` where the region's graph reaches out of it past the boundary."""
+    seen: set[Any] = set()
+    stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen or isinstance(node, BOUNDARY_NODES):
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            raise ScaledGradientError(
+                f"{where}: forward used {describe(leaf)} past the boundary of the region, so its "
+                "gradient would leave multiplied by the loss scale. Make it a parameter of a module that "
+                "is part of the switched model (not in a plain list, a closure or another object), or "
+                "pass it to forward as an input"
+            )
+        if node._sequence_nr() < first_node:
+            raise ScaledGradientError(
+                f"{where}: forward used a tensor computed outside the region (the result of "
+                f"{node.name()}) that is no input of forward, so its gradient would leave multiplied by "
+                "the loss scale. Pass it to forward as an input, or detach it"
+            )
+        stack.extend(n for n, _ in node.next_functions if n is not None)
+
+
+def check_roots(roots: Iterable[Tensor], inside: Intervals) -> None:
+    """Raise `ScaledGradientError` where a backward would enter a region past its boundary."""
+    seen: set[Any] = set()
+    stack = [
+        (t.grad_fn, "the tensor that backward was called on")
+        for t in roots
+        if t.grad_fn is not None
+    ]
+    while stack:
+        node, user = stack.pop()
+        if (
+            node in seen
+            or isinstance(node, BOUNDARY_NODES)
+            or getattr(node, "variable", None) is not None
+        ):
+            continue
+        seen.add(node)
+        if node._sequence_nr() in inside:
+            raise ScaledGradientError(
+                f"an activation made inside a switched model (the result of {node.name()}) is used "
+                f"outside of it by {user}: its gradient would enter the region without the loss scale. "
+                "Return the activation from forward as part of the output, or pass it through "
+                "switch.outside(activation) where it is captured"
+            )
+        stack.extend((n, node.name()) for n, _ in node.next_functions if n is not None)

@@ -1,0 +1,94 @@
+"""Where torch's own machinery is met: the entry of the autograd engine, and activation checkpointing.
+
+Installed while a switch is on, taken away with the last one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as checkpointing
+from torch import Tensor
+
+from halfstep.switching.region import reopening
+
+__all__ = ["install", "roots"]
+
+_lock = threading.Lock()
+_users = 0
+_undo: list[Callable[[], None]] = []
+_local = threading.local()
+# Called with the roots of each backward before it runs.
+_listeners: list[Callable[[tuple[Tensor, ...]], None]] = []
+
+
+def roots() -> tuple[Tensor, ...]:
+    """The tensors whose backward is running on this thread (the loss), or the last ones."""
+    return getattr(_local, "roots", ())
+
+
+def install(listener: Callable[[tuple[Tensor, ...]], None]) -> Callable[[], None]:
+    """Have ``listener`` called with the roots of every backward; returns what ends it."""
+    global _users
+    with _lock:
+        if _users == 0:
+            _undo.extend([_patch_engine(), _patch_checkpoint()])
+        _users += 1
+        _listeners.append(listener)
+
+    def uninstall() -> None:
+        global _users
+        with _lock:
+            _listeners.remove(listener)
+            _users -= 1
+            if _users == 0:
+                while _undo:
+                    _undo.pop()()
+
+    return uninstall
+
+
+def _patch_engine() -> Callable[[], None]:
+    original = torch.autograd._engine_run_backward  # pyright: ignore[reportPrivateImportUsage]
+
+    def run_backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        before = roots()
+        _local.roots = tuple(t for t in tensors if isinstance(t, Tensor))
+        try:
+            for listener in tuple(_listeners):
+                listener(_local.roots)
+            return original(tensors, *args, **kwargs)
+        finally:
+            _local.roots = before
+
+    torch.autograd._engine_run_backward = run_backward  # pyright: ignore[reportPrivateImportUsage]
+
+    def undo() -> None:
+        torch.autograd._engine_run_backward = original  # pyright: ignore[reportPrivateImportUsage]
+
+    return undo
+
+
+def _patch_checkpoint() -> Callable[[], None]:
+    """A checkpointed function runs again inside the backward: in its region, and not as a new one."""
+    function = checkpointing.CheckpointFunction
+    forward = function.forward
+    without_reentrant = checkpointing._checkpoint_without_reentrant_generator
+
+    def forward_reopening(ctx: Any, run_function: Any, preserve: bool, *args: Any) -> Any:
+        return forward(ctx, reopening(run_function), preserve, *args)
+
+    def generator_reopening(fn: Any, *args: Any, **kwargs: Any) -> Any:
+        return without_reentrant(reopening(fn), *args, **kwargs)
+
+    function.forward = staticmethod(forward_reopening)  # pyright: ignore[reportAttributeAccessIssue]
+    checkpointing._checkpoint_without_reentrant_generator = generator_reopening
+
+    def undo() -> None:
+        function.forward = staticmethod(forward)
+        checkpointing._checkpoint_without_reentrant_generator = without_reentrant
+
+    return undo

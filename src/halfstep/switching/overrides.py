@@ -1,0 +1,243 @@
+"""The op policy in torch's dispatcher: kernels at the Autocast keys, installed while a switch is on.
+
+torch lets an operator library put a Python kernel at a dispatch key. At ``AutocastCPU`` and
+``AutocastCUDA`` it sees every call of forward, those made inside torch's C++ included, above autograd:
+what it does (cast, FP32 kernel, cast) is differentiated by torch itself, twice if need be. Outside a
+region each kernel does what torch's own would; with the last switch off they are gone.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from halfstep.switching import policy
+from halfstep.switching.emulated import attention, dot
+from halfstep.switching.plan import Plan
+from halfstep.switching.recurrent import recurrent_layers
+from halfstep.switching.region import current
+
+__all__ = ["install"]
+
+_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+_NARROW = (torch.float16, torch.bfloat16)
+
+_lock = threading.Lock()
+# (device, layer of overrides) -> how many switches need it, and the library that holds its kernels
+_installed: dict[tuple[str, str], tuple[int, Library]] = {}
+
+
+def install(plan: Plan) -> Callable[[], None]:
+    """Put the kernels that ``plan`` needs at its device's Autocast key; returns what takes them away."""
+    layers = []
+    if plan.active:
+        layers.append("base")
+    if plan.emulate_dots:
+        layers.append("emulated")
+    keys = [(plan.device, layer) for layer in layers]
+    with _lock:
+        for key in keys:
+            count, library = _installed.get(key, (0, None))
+            if library is None:
+                library = _register(*key)
+            _installed[key] = (count + 1, library)
+
+    def uninstall() -> None:
+        with _lock:
+            for key in keys:
+                count, library = _installed.pop(key)
+                if count > 1:
+                    _installed[key] = (count - 1, library)
+                else:
+                    library._destroy()
+
+    return uninstall
+
+
+def _register(device: str, layer: str) -> Library:
+    library = Library("aten", "IMPL")
+    key = _KEYS[device]
+    for name, make in _kernels(device, layer):
+        op = policy.overload(name)
+        if op is None:
+            continue
+        below = _Below(op, key)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # torch says once that a kernel is replaced: it is meant
+            library.impl(_schema_name(op), make(below), key, with_keyset=True, allow_override=True)
+    return library
+
+
+def _schema_name(op: torch._ops.OpOverload) -> str:
+    name = op._schema.name.removeprefix("aten::")
+    return f"{name}.{op._overloadname}" if op._overloadname != "default" else name
+
+
+def _kernels(device: str, layer: str) -> list[tuple[str, Callable[[_Below], Callable[..., Any]]]]:
+    theirs = torch._C._dispatch_get_registrations_for_dispatch_key(_KEYS[device])
+
+    def missing(names: tuple[str, ...]) -> list[str]:
+        return [name for name in names if f"aten::{name}" not in theirs]
+
+    if layer == "emulated":  # torch lowers these itself; only an emulating plan needs them back
+        return [
+            *[(name, _dot) for name in policy.DOTS if f"aten::{name}" in theirs],
+            ("scaled_dot_product_attention", _attention),
+        ]
+    return [
+        *[(name, _wide) for name in policy.WIDE],
+        *[(name, _dot) for name in missing(policy.DOTS)],
+        *[(name, _parts) for name in policy.COMPOSITE_DOTS],
+        *[(name, _promoted) for name in missing(policy.PROMOTE)],
+        *[(name, _recurrent) for name in policy.RECURRENT],
+    ]
+
+
+class _Below:
+    """How a call goes on below the Autocast key: as torch itself would, or with autocast shut out."""
+
+    __slots__ = ("_after", "_key_set", "_torch_kernel", "op")
+
+    def __init__(self, op: torch._ops.OpOverload, key: str) -> None:
+        self.op = op
+        dispatch_key = getattr(torch._C.DispatchKey, key)
+        self._key_set = torch._C.DispatchKeySet(dispatch_key)
+        self._after = torch._C._dispatch_keyset_full_after(dispatch_key)
+        name = op._schema.name + ("" if op._overloadname == "default" else f".{op._overloadname}")
+        registered = name in torch._C._dispatch_get_registrations_for_dispatch_key(key)
+        self._torch_kernel = torch.library.get_kernel(name, key) if registered else None
+
+    def as_torch(self, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call as if halfstep were not there."""
+        if self._torch_kernel is not None:
+            return self._torch_kernel.call_boxed(keys, *args, **kwargs)
+        return self.op.redispatch(keys & self._after, *args, **kwargs)
+
+    def parts(self, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call below autocast; what it is made of comes by autocast again."""
+        return self.op.redispatch(keys & self._after, *args, **kwargs)
+
+    def shut(self) -> Any:
+        """A context in which autocast is shut out."""
+        return torch._C._ExcludeDispatchKeyGuard(self._key_set)
+
+    def whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call with autocast shut out of it and of all that it is made of."""
+        with self.shut():
+            return self.op(*args, **kwargs)
+
+
+def _cast(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) is list and value and isinstance(value[0], Tensor):
+        return [change(v) for v in value]
+    return value
+
+
+def _cast_all(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args = tuple([_cast(a, change) for a in args])
+    return args, ({k: _cast(v, change) for k, v in kwargs.items()} if kwargs else kwargs)
+
+
+def _widen(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in _NARROW else t
+
+
+def _wide(below: _Below) -> Callable[..., Any]:
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        region = current()
+        if region is None or not region.plan.wide_operations:
+            return below.as_torch(keys, args, kwargs)
+        args, kwargs = _cast_all(args, kwargs, _widen)
+        out = below.whole(args, kwargs)
+        if (
+            region.plan.narrow_writes
+            and isinstance(out, Tensor)
+            and out.dim()
+            and out.dtype == torch.float32
+        ):
+            return out.to(region.plan.low)
+        return out
+
+    return kernel
+
+
+def _dot(below: _Below) -> Callable[..., Any]:
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        region = current()
+        if region is None:
+            return below.as_torch(keys, args, kwargs)
+        emulator = region.emulator
+        if not region.plan.emulate_dots:
+            args, kwargs = _cast_all(args, kwargs, emulator.lowered)
+            return below.whole(args, kwargs)
+
+        def carried() -> Tensor:
+            wide_args, wide_kwargs = _cast_all(args, kwargs, emulator.operand)
+            return below.op(*wide_args, **wide_kwargs)
+
+        with below.shut():
+            return dot(emulator, below.op, args, kwargs, carried)
+
+    return kernel
+
+
+def _parts(below: _Below) -> Callable[..., Any]:
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        region = current()
+        if region is None:
+            return below.as_torch(keys, args, kwargs)
+        args, kwargs = _cast_all(args, kwargs, region.emulator.lowered)
+        return below.parts(keys, args, kwargs)
+
+    return kernel
+
+
+def _promoted(below: _Below) -> Callable[..., Any]:
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        region = current()
+        if region is None:
+            return below.as_torch(keys, args, kwargs)
+        seen: list[Tensor] = []
+        _cast_all(args, kwargs, lambda t: seen.append(t) or t)
+        if any(t.dtype == torch.float32 for t in seen):
+            args, kwargs = _cast_all(args, kwargs, _widen)
+        return below.parts(keys, args, kwargs)
+
+    return kernel
+
+
+def _attention(below: _Below) -> Callable[..., Any]:
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        region = current()
+        if region is None or not region.plan.emulate_dots:
+            return below.as_torch(keys, args, kwargs)
+        with below.shut():
+            return attention(region.emulator, *args, **kwargs)
+
+    return kernel
+
+
+def _recurrent(below: _Below) -> Callable[..., Any]:
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        region = current()
+        if region is None:
+            return below.as_torch(keys, args, kwargs)
+        if not region.plan.emulate_dots:
+            args, kwargs = _cast_all(args, kwargs, region.emulator.lowered)
+            return below.parts(keys, args, kwargs)
+        with below.shut():
+            return recurrent_layers(region.emulator, below.op, *args, **kwargs)
+
+    return kernel

@@ -1,0 +1,184 @@
+"""A recipe on a device: which dtype flows, what is native, what is emulated, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from halfstep.errors import SwitchError
+from halfstep.recipe import Policy, Recipe
+
+__all__ = ["Executor", "Plan", "PlanRow", "make_plan"]
+
+
+class Executor(Enum):
+    """Who computes a kind of operation."""
+
+    NATIVE = "native"
+    EMULATED = "emulated"
+    OFF = "off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRow:
+    """One line of ``switch.explain()``."""
+
+    kind: str
+    executor: Executor
+    reads: str
+    accumulates: str
+    writes: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What the switch will do on one device.
+
+    ``low`` is the dtype of working copies and of 16-bit tensors in the region; FP32 for the identity.
+    ``emulate_dots``: dot products are FP32 kernels on rounded operands.
+    ``wide_operations``: the FP32 class of the policy computes in FP32; off in plain 16-bit programs.
+    ``narrow_writes``: the FP32 class writes the store format (policy ``paper``).
+    """
+
+    recipe: Recipe
+    device: str
+    low: torch.dtype
+    emulate_dots: bool
+    wide_operations: bool
+    narrow_writes: bool
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def active(self) -> bool:
+        """False where the region changes nothing."""
+        return self.low != torch.float32
+
+    @property
+    def narrow_accumulator(self) -> bool:
+        """True where dot products are added up in fewer bits than FP32."""
+        return self.recipe.accumulate.name != "fp32"
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DEVICES = ("cpu", "cuda")
+
+
+def make_plan(recipe: Recipe, device: str) -> Plan:
+    """The plan of ``recipe`` on ``device`` ("cpu" or "cuda").
+
+    Raises:
+        SwitchError: the device or one of the recipe's formats has no executor.
+    """
+    if device not in _DEVICES:
+        raise SwitchError(
+            f"the model's parameters are on {device!r}; "
+            f"halfstep switches models on {', '.join(_DEVICES)}"
+        )
+    low = _dtype(recipe, "store")
+    for role in ("weight", "activation", "gradient"):
+        if _dtype(recipe, role) != low:
+            raise SwitchError(
+                f"recipe {recipe} reads {role} operands in {getattr(recipe, role)} and stores "
+                f"{recipe.store}: operands and store must be one format so far"
+            )
+    for role in ("accumulate", "master", "optimizer"):
+        name = getattr(recipe, role).name
+        if name not in ("fp32", "fp16") or (name == "fp16" and low != torch.float16):
+            raise SwitchError(
+                f"recipe {recipe}: {role}={name} has no executor with store={recipe.store}; "
+                "fp32, or fp16 in an fp16 recipe"
+            )
+    emulate = device == "cpu" and low == torch.float16
+    emulate = emulate or recipe.accumulate.name != "fp32"
+    plain = recipe.optimizer.name != "fp32"  # a plain 16-bit program has no FP32 islands
+    return Plan(
+        recipe=recipe,
+        device=device,
+        low=low,
+        emulate_dots=emulate,
+        wide_operations=not plain and low != torch.float32,
+        narrow_writes=recipe.policy is Policy.PAPER,
+        rows=_rows(recipe, device, emulate, plain),
+    )
+
+
+def _dtype(recipe: Recipe, role: str) -> torch.dtype:
+    name = getattr(recipe, role).name
+    if name not in _DTYPES:
+        raise SwitchError(
+            f"recipe {recipe}: {role}={name} has no executor yet; the switch runs {', '.join(_DTYPES)}"
+        )
+    return _DTYPES[name]
+
+
+def _rows(recipe: Recipe, device: str, emulate: bool, plain: bool) -> tuple[PlanRow, ...]:
+    store, wide = recipe.store.name, "fp32"
+    if recipe.is_identity:
+        return (
+            PlanRow(
+                kind="every operation",
+                executor=Executor.NATIVE,
+                reads=wide,
+                accumulates=wide,
+                writes=wide,
+                why="the recipe is FP32: nothing is changed",
+            ),
+        )
+    accumulate = recipe.accumulate.name
+    if accumulate != "fp32":
+        why = f"no {device} kernel adds in {accumulate}: each sum is rounded after every product"
+    elif emulate:
+        why = "this device has no fast fp16 GEMM: FP32 kernels on operands rounded to fp16, products exact"
+    else:
+        why = f"torch's {store} kernels on {device} multiply in {store} and add in FP32"
+    executor = Executor.EMULATED if emulate else Executor.NATIVE
+    dots = PlanRow(
+        kind="dot products (linear, matmul, convolution, attention)",
+        executor=executor,
+        reads=store,
+        accumulates=accumulate,
+        writes=store,
+        why=why,
+    )
+    recurrent = PlanRow(
+        kind="recurrent layers",
+        executor=executor,
+        reads=store,
+        accumulates=accumulate,
+        writes=store,
+        why="step by step over time, gates rounded once a step"
+        if emulate
+        else "torch's fused kernels",
+    )
+    fp32_class = PlanRow(
+        kind="reductions, normalisations, softmax, exp, log, pow",
+        executor=Executor.OFF if plain else Executor.NATIVE,
+        reads=store,
+        accumulates=wide,
+        writes=store if plain or recipe.policy is Policy.PAPER else wide,
+        why="a plain 16-bit program has no FP32 islands"
+        if plain
+        else "computed in FP32, as in torch's CUDA autocast lists, on every device",
+    )
+    pointwise = PlanRow(
+        kind="point-wise",
+        executor=Executor.NATIVE,
+        reads=store,
+        accumulates=wide,
+        writes=store,
+        why=f"torch's own {store} kernels; FP32 inside one operation",
+    )
+    optimizer = PlanRow(
+        kind="optimizer",
+        executor=Executor.NATIVE,
+        reads=recipe.master.name,
+        accumulates=recipe.optimizer.name,
+        writes=recipe.master.name,
+        why="your optimizer on FP32 master weights"
+        if recipe.master.name == "fp32"
+        else f"your optimizer; weights kept in {recipe.master.name}, no FP32 master copy",
+    )
+    return dots, recurrent, fp32_class, pointwise, optimizer

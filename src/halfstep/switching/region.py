@@ -1,0 +1,269 @@
+"""The region: what lies between entering the outermost forward of a switched model and leaving it.
+
+While a region is open on a thread, reading a parameter of an adopted module gives its rounded working
+copy (`LazyParameters`), made once a forward. The masters never move: ``parameters()``, ``state_dict()``
+and an exception in the middle of a forward see FP32 masters at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfstep.errors import SwitchError
+from halfstep.switching.boundary import Gate, lower_many
+from halfstep.switching.emulated import Emulator
+from halfstep.switching.plan import Plan
+
+__all__ = ["LazyParameters", "Region", "current", "keeps_fp32", "reopening"]
+
+_local = threading.local()
+_LOWERED_FROM = (torch.float32, torch.float64)
+# Elements that share one graph node: a node a parameter would cost more than the cast of a small one.
+_BUCKET = 1 << 21
+
+
+def current() -> Region | None:
+    """The region open on this thread, or None."""
+    return getattr(_local, "region", None)
+
+
+class LazyParameters(dict):
+    """A module's ``_parameters``: hands out working copies while a region is open, masters otherwise.
+
+    Only reading one by key is lazy; ``items()`` and ``values()``, which ``parameters()`` and
+    ``state_dict()`` use, give masters. Copies and pickles are plain dicts: a copied model is unswitched.
+    """
+
+    __slots__ = ("fp32",)
+
+    def __init__(self, parameters: dict[str, Any], fp32: frozenset[str]) -> None:
+        super().__init__(parameters)
+        self.fp32 = fp32
+
+    def __getitem__(self, key: str) -> Any:
+        value = dict.__getitem__(self, key)
+        region = getattr(_local, "region", None)
+        if region is None or value is None:
+            return value
+        return region.lower(value, self, key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        region = getattr(_local, "region", None)
+        if region is not None and isinstance(value, Tensor):
+            value = region.master_of(value)
+        dict.__setitem__(self, key, value)
+
+    def plain(self) -> dict[str, Any]:
+        """A plain dict of the masters."""
+        return dict(self.items())
+
+    def __copy__(self) -> dict[str, Any]:
+        return self.plain()
+
+    def copy(self) -> dict[str, Any]:
+        """A plain dict of the masters."""
+        return self.plain()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        import copy
+
+        return copy.deepcopy(self.plain(), memo)
+
+    def __reduce__(self) -> Any:
+        return dict, (self.plain(),)
+
+
+_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.utils.parametrize.ParametrizationList,
+)
+
+
+def keeps_fp32(module: nn.Module, name: str) -> bool:
+    """True for parameters that FP32-class operations read: norms, parametrizations, weight_norm's pair."""
+    return isinstance(module, _NORMS) or name.endswith(("weight_g", "weight_v", "_orig"))
+
+
+class Region:
+    """One open region: its plan, its gate, and the working copies made so far."""
+
+    __slots__ = (
+        "_autocast_device",
+        "_copies",
+        "_frozen_copies",
+        "_low",
+        "_masters",
+        "buckets",
+        "emulator",
+        "first_node",
+        "gate",
+        "last_node",
+        "lowers_through_boundary",
+        "plan",
+        "thread",
+    )
+
+    def __init__(self, plan: Plan, gate: Gate, scaled: bool, buckets: Buckets) -> None:
+        self.plan = plan
+        self.gate = gate
+        # At scale 1 a plain cast is a boundary: torch's own node turns the gradient to FP32.
+        self.lowers_through_boundary = scaled
+        self.buckets = buckets
+        self.emulator = Emulator(plan.low, plan.recipe.accumulate)
+        self._low = plan.low
+        self._autocast_device = plan.device
+        self._copies: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._frozen_copies: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._masters: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self.thread = threading.get_ident()
+        self.first_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
+        self.last_node: int | None = None
+
+    def lower(self, master: Tensor, owner: LazyParameters, key: str) -> Tensor:
+        """The working copy of ``master``; the same one for every reader in this region."""
+        dtype = self._low
+        if key in owner.fp32 or not torch.is_autocast_enabled(self._autocast_device):
+            dtype = torch.float32  # an FP32 operation's parameter, or an FP32 island of the user's
+        index = (id(master), dtype)
+        copy = self._copies.get(index)
+        if copy is not None:
+            return copy
+        if not (torch.is_grad_enabled() and master.requires_grad):
+            # Made without a graph: never to be handed to a reader that wants a gradient.
+            copy = self._frozen_copies.get(index)
+            if copy is None:
+                copy = master.to(dtype) if master.dtype in _LOWERED_FROM else master
+                self._frozen_copies[index] = copy
+                self._remember(copy, master)
+            return copy
+        if master.dtype not in _LOWERED_FROM:
+            return master
+        if not self.lowers_through_boundary:
+            copy = master.to(dtype)
+            self._copies[index] = copy
+            self._remember(copy, master)
+            return copy
+        bucket = self.buckets.of(master, dtype)
+        copies = lower_many([m for m, _ in bucket], self.gate, tuple(d for _, d in bucket))
+        for (m, d), c in zip(bucket, copies, strict=True):
+            self._copies.setdefault((id(m), d), c)
+            self._remember(c, m)
+        return self._copies[index]
+
+    def _remember(self, copy: Tensor, master: Tensor) -> None:
+        if copy is not master:
+            self._masters[id(copy)] = (copy, master, copy._version)
+
+    def master_of(self, tensor: Tensor) -> Tensor:
+        """The master whose working copy ``tensor`` is, or ``tensor`` itself."""
+        known = self._masters.get(id(tensor))
+        return tensor if known is None else known[1]
+
+    def changed_copy(self) -> Tensor | None:
+        """The master of a working copy that was written to in place, or None."""
+        for copy, master, version in self._masters.values():
+            if copy._version != version:
+                return master
+        return None
+
+    def clear(self) -> None:
+        """Drop the working copies; the graph keeps those that backward needs."""
+        self._copies.clear()
+        self._frozen_copies.clear()
+        self._masters.clear()
+        self.last_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Open on this thread until the block is left, whatever leaves it."""
+        before = getattr(_local, "region", None)
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        # Its fused encoder kernel reads the masters and knows no autocast.
+        torch.backends.mha.set_fastpath_enabled(False)
+        _local.region = self
+        try:
+            yield
+        finally:
+            _local.region = before
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+
+    def again(self) -> Region:
+        """A region like this one for a recomputation: same plan and gate, working copies made anew."""
+        return Region(self.plan, self.gate, self.lowers_through_boundary, _SINGLES)
+
+
+class Buckets:
+    """Parameters in groups that are lowered together, in the order of ``parameters()``.
+
+    One graph node a bucket costs less than one a parameter; a bucket that is not too large lets the
+    optimizer's side of a backward start before the last gradient is there.
+    """
+
+    __slots__ = ("_of",)
+
+    def __init__(self, masters: list[tuple[Tensor, torch.dtype]]) -> None:
+        self._of: dict[int, tuple[weakref.ref[Tensor], list[tuple[Tensor, torch.dtype]]]] = {}
+        bucket: list[tuple[Tensor, torch.dtype]] = []
+        size = 0
+        for master, dtype in masters:
+            if master.dtype not in _LOWERED_FROM:
+                continue
+            if size + master.numel() > _BUCKET and bucket:
+                bucket, size = [], 0
+            bucket.append((master, dtype))
+            size += master.numel()
+            self._of[id(master)] = (weakref.ref(master), bucket)
+
+    def of(self, master: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, torch.dtype]]:
+        """All that is lowered together with ``master``; just itself where it is in no bucket."""
+        known = self._of.get(id(master))
+        if known is None or known[0]() is not master:
+            return [(master, dtype)]
+        members = [
+            (p, d) for p, d in known[1] if p.requires_grad and (id(p) != id(master) or d == dtype)
+        ]
+        # Read in another dtype than usual (an FP32 island of the user's): by itself.
+        return members if any(p is master for p, _ in members) else [(master, dtype)]
+
+
+_SINGLES = Buckets([])
+
+
+def reopening(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for activation checkpointing: run again in a backward, it runs in its region again."""
+    region = current()
+    if region is None:
+        return function
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if current() is not None:
+            return function(*args, **kwargs)
+        again = region.again()
+        try:
+            with again.opened():
+                return function(*args, **kwargs)
+        finally:
+            again.clear()
+
+    return run
+
+
+def check_unwritten(region: Region, name_of: Callable[[Tensor], str]) -> None:
+    """Raise `SwitchError` where forward wrote to a working copy: the write would be lost."""
+    master = region.changed_copy()
+    if master is not None:
+        raise SwitchError(
+            f"parameter {name_of(master)} was changed in place inside forward; there it is a rounded working "
+            "copy and the change would be lost. Change the parameter after forward, or keep what forward "
+            "updates in a buffer"
+        )

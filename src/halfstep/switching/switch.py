@@ -1,0 +1,400 @@
+"""``halfstep.switch``: mixed precision on, in place, with nothing else of the training loop to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from halfstep.errors import OperandError, SwitchError
+from halfstep.recipe import Recipe
+from halfstep.switching import engine, overrides
+from halfstep.switching.adoption import adopt, fingerprint, release, working_dtypes
+from halfstep.switching.audit import Intervals, Schedule, check_forward, check_roots
+from halfstep.switching.boundary import Gate, enter, leave
+from halfstep.switching.explanation import Explanation
+from halfstep.switching.guard import Guard
+from halfstep.switching.loss_scale import LossScale, StepReason, StepReport
+from halfstep.switching.naming import describe, parameter_names
+from halfstep.switching.plain import become_half
+from halfstep.switching.plan import Plan, make_plan
+from halfstep.switching.region import Buckets, Region, check_unwritten, current
+from halfstep.switching.structure import map_tensors
+
+__all__ = ["Switch", "switch"]
+
+_NARROW = (torch.float16, torch.bfloat16)
+_STATE_VERSION = 1
+_LOSSES_KEPT = 64
+
+
+def switch(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    recipe: object = "fp16",
+) -> Switch:
+    """Train ``model`` in mixed precision from now on; returns the `Switch`, to look at and to undo.
+
+    Nothing else changes: ``loss.backward()``, clipping, ``optimizer.step()``, schedulers and
+    ``state_dict()`` are written as in FP32. Inside the model's forward, and the backward of just those
+    operations, tensors are in 16 bits, dot products add in FP32, normalisations, softmax and the like
+    compute in FP32. ``p.grad`` is always the true FP32 gradient: the loss scale is multiplied in where
+    a gradient enters the model's output and divided out where it leaves, so it is never seen. A step whose
+    gradients overflow is skipped and reported in ``switch.last_step``.
+
+    Args:
+        model: any ``nn.Module`` with FP32 parameters, on the CPU or a CUDA device.
+        optimizer: one or more ``torch.optim`` optimizers of its parameters; None for inference, and then
+            the loss scale stays at 1, since no one would lower it.
+        recipe: a name of ``halfstep.recipes()``, one of their synonyms, a text form, or a `Recipe`.
+
+    Raises:
+        UnknownNameError: the recipe has no such name; near ones are suggested.
+        SwitchError: the model is switched already, or its parameters or device cannot be.
+        OperandError: an argument is of another type.
+
+    >>> import torch, halfstep
+    >>> model = torch.nn.Linear(4, 2)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> s = halfstep.switch(model, optimizer, recipe="bf16")
+    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> optimizer.step()
+    >>> s.last_step.applied
+    True
+
+    Source: Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740, section 3.
+    """
+    if not isinstance(model, nn.Module):
+        raise OperandError(f"switch takes a torch.nn.Module, not a {type(model).__name__}")
+    optimizers = _as_list(optimizer)
+    return Switch(model, optimizers, Recipe.parse(recipe))
+
+
+def _as_list(optimizer: object) -> list[Optimizer]:
+    if optimizer is None:
+        return []
+    given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    if not isinstance(given, (list, tuple)) or not all(isinstance(o, Optimizer) for o in given):
+        raise OperandError(
+            f"optimizer is a {type(optimizer).__name__}; "
+            "give a torch.optim.Optimizer, a list of them, or None"
+        )
+    return list(given)
+
+
+class Switch:
+    """Mixed precision as it is on one model: what it does, what became of the last step, and the way back."""
+
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer], recipe: Recipe) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.plan: Plan = make_plan(recipe, _device(model, recipe))
+        _check_not_switched(model)
+        self.last_step = StepReport(
+            applied=False, reason=StepReason.NONE_YET, loss_scale=1.0, nonfinite={}
+        )
+        self.steps = 0
+        self.skipped_steps = 0
+        self._on = True
+        start = LossScale.start(recipe.loss_scaling)
+        self._scaled = start.moves and bool(optimizers)
+        self._loss_scale = start
+        self._gate = Gate(start.scale if self._scaled else 1.0)
+        self._gate.on_backward = self._on_backward
+        self._losses: list[Tensor] = []
+        self._backwards = 0  # backwards that entered the model so far
+        self._task = -1
+        self._counted = 0  # the backward for which the scale was last moved
+        self._pending: list[bool] = []
+        self._inside = Intervals()
+        self._schedules: dict[int, Schedule] = {}
+        self._backward_schedule = Schedule()
+        self._fingerprints: dict[int, int] = {}
+        self._adopted: list[nn.Module] = []
+        self._buckets = Buckets([])
+        self._undo: list[Callable[[], None]] = []
+        if recipe.optimizer.name == "fp16":
+            self._undo.append(become_half(model, optimizers))
+        if self.plan.active:
+            self._undo.append(overrides.install(self.plan))
+            self._undo.append(engine.install(self._before_backward))
+            self._adopt(model)
+        self._guards = [
+            Guard(o, self, recipe.guarded and not recipe.is_identity) for o in optimizers
+        ]
+        self.round_masters(p for p in model.parameters())
+
+    # -- what a user asks ---------------------------------------------------------------------------
+
+    @property
+    def loss_scale(self) -> float:
+        """The loss scale that the next backward will use."""
+        return self._gate.scale
+
+    def was_step_applied(self) -> bool:
+        """True where the last ``optimizer.step()`` changed the weights."""
+        return self.last_step.applied
+
+    def explain(self) -> Explanation:
+        """A table: each kind of operation, whether it runs natively or emulated here, and why."""
+        return Explanation(recipe=str(self.recipe), device=self.plan.device, rows=self.plan.rows)
+
+    def outside(self, activation: Tensor) -> Tensor:
+        """``activation``, captured inside forward, as an FP32 tensor that may be used outside of the model.
+
+        For losses on intermediate activations (distillation, auxiliary heads): gradients that come in
+        through it are scaled as those of the model's output are.
+
+        Raises:
+            SwitchError: called outside of a forward of a switched model.
+        """
+        region = current()
+        if region is None:
+            if not self.plan.active or not self._on:
+                return activation
+            raise SwitchError(
+                "switch.outside(activation) was called outside of forward; "
+                "call it where the activation is made"
+            )
+        return self._leave(activation, region)
+
+    def off(self) -> None:
+        """The model and the optimizers as they were; the weights keep what they have learnt.
+
+        Raises:
+            SwitchError: called inside a forward of a switched model.
+        """
+        if not self._on:
+            return
+        if current() is not None:
+            raise SwitchError("switch.off() was called inside forward; call it between steps")
+        self._on = False
+        for guard in self._guards:
+            guard.remove()
+        for module in self._adopted:
+            release(module, self)
+        self._adopted.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: plain numbers and text, no pickle."""
+        return {
+            "version": _STATE_VERSION,
+            "recipe": str(self.recipe),
+            "scale": self._loss_scale.scale,
+            "growth_tracker": self._loss_scale.clean,
+            "steps": self.steps,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict()``.
+
+        Raises:
+            SwitchError: it is of a newer version, incomplete, or of another recipe.
+        """
+        version = state.get("version")
+        if version != _STATE_VERSION:
+            raise SwitchError(
+                f"switch state of version {version!r}; this halfstep reads version {_STATE_VERSION}"
+            )
+        missing = sorted(set(self.state_dict()) - set(state))
+        if missing:
+            raise SwitchError(f"switch state lacks {', '.join(missing)}")
+        if Recipe.parse(state["recipe"]) != self.recipe:
+            raise SwitchError(
+                f"switch state is of recipe {state['recipe']}; this switch runs {self.recipe}"
+            )
+        self._loss_scale = LossScale(
+            rule=self.recipe.loss_scaling,
+            scale=float(state["scale"]),
+            clean=int(state["growth_tracker"]),
+        )
+        if self._scaled:
+            self._gate.scale = self._loss_scale.scale
+        self.steps = int(state["steps"])
+        self.skipped_steps = int(state["skipped_steps"])
+
+    # -- the region ---------------------------------------------------------------------------------
+
+    def run(
+        self,
+        module: nn.Module,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """``call(*args, **kwargs)`` of ``module`` inside a region of its own."""
+        self._settle()
+        changed = self._readopt(module)
+        region = Region(self.plan, self._gate, self._scaled, self._buckets)
+        grad = torch.is_grad_enabled()
+        args, kwargs = map_tensors((args, kwargs), self._entering(grad))
+        try:
+            with (
+                region.opened(),
+                torch.autocast(self.plan.device, dtype=self.plan.low, cache_enabled=False),
+            ):
+                out = call(*args, **kwargs)
+            check_unwritten(region, self.name_of)
+        finally:
+            region.clear()
+        if grad and self._scaled:
+            self._inside.add(region.first_node, region.last_node or region.first_node)
+            schedule = self._schedules.setdefault(id(module), Schedule())
+            if changed:
+                schedule.restart()
+            if schedule.due():
+                self._audit(out, region, module)
+        return map_tensors(out, lambda t: self._leave(t, region))
+
+    def _entering(self, grad: bool) -> Callable[[Tensor], Tensor]:
+        low = self.plan.low
+        everything = self.plan.narrow_writes or not self.plan.wide_operations
+
+        def change(t: Tensor) -> Tensor:
+            dtype = low if everything and t.dtype == torch.float32 else t.dtype
+            if grad and t.requires_grad and t.is_floating_point() and self._scaled:
+                return enter(t, self._gate, dtype)
+            return t.to(dtype)
+
+        return change
+
+    def _leave(self, t: Tensor, region: Region) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        dtype = torch.float32 if t.dtype in _NARROW else t.dtype
+        if self._scaled and t.requires_grad and t.grad_fn is not None and torch.is_grad_enabled():
+            return leave(t, region.gate, dtype)
+        return t.to(dtype)
+
+    def _audit(self, out: Any, region: Region, module: nn.Module) -> None:
+        tensors: list[Tensor] = []
+        map_tensors(out, lambda t: tensors.append(t) or t)
+        names = self._names()
+        where = next((n for n, m in self.model.named_modules() if m is module), "")
+        check_forward(
+            tensors,
+            region.first_node,
+            f"model.{where}" if where else type(module).__name__,
+            lambda leaf: describe(leaf, self.model, names, [g.optimizer for g in self._guards]),
+        )
+
+    def _adopt(self, root: nn.Module) -> None:
+        self._adopted.extend(adopt(root, self))
+        self._fingerprints[id(root)] = fingerprint(root)
+        self._buckets = Buckets(working_dtypes(self.model, self.plan.low))
+
+    def _readopt(self, root: nn.Module) -> bool:
+        """Take in what was added below ``root`` since its last call; True where anything was."""
+        if self._fingerprints.get(id(root)) == fingerprint(root):
+            return False
+        self._adopt(root)
+        self._backward_schedule.restart()
+        return True
+
+    # -- backward and step --------------------------------------------------------------------------
+
+    def _before_backward(self, roots: tuple[Tensor, ...]) -> None:
+        if not self._scaled:
+            self._backwards += 1
+            self._losses.extend(r.detach() for r in roots if r.numel() == 1)
+            del self._losses[:-_LOSSES_KEPT]
+        elif self._backward_schedule.due():
+            check_roots(roots, self._inside)
+
+    def _on_backward(self) -> None:
+        """A backward has come to the model's output."""
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return  # another output of the same backward
+        self._task = task
+        self._backwards += 1
+        self._losses.extend(r.detach() for r in engine.roots() if r.numel() == 1)
+        del self._losses[:-_LOSSES_KEPT]
+
+    def _settle(self) -> None:
+        """Move the scale for steps taken inside a backward (optimizers in hooks), now that it is over."""
+        if self._pending and torch._C._current_graph_task_id() == -1:
+            finite = all(self._pending)
+            self._pending.clear()
+            self._move(finite)
+
+    def _move(self, finite: bool) -> None:
+        self._loss_scale = self._loss_scale.after(finite=finite)
+        if self._scaled:
+            self._gate.scale = self._loss_scale.scale
+
+    def name_of(self, parameter: Tensor) -> str:
+        """The parameter's name in the model; its shape where it is not the model's."""
+        return self._names().get(id(parameter)) or f"a parameter of shape {tuple(parameter.shape)}"
+
+    def _names(self) -> dict[int, str]:
+        return parameter_names(self.model)
+
+    def losses(self) -> list[Tensor]:
+        """Scalar roots of the backwards since the last step."""
+        return self._losses
+
+    def at_floor(self) -> bool:
+        """True where no lower scale is allowed."""
+        return not self._scaled or self._loss_scale.at_floor
+
+    def scale(self) -> float:
+        """The loss scale in use."""
+        return self._gate.scale
+
+    def report(self, applied: bool, reason: StepReason, nonfinite: dict[str, int]) -> None:
+        """Note what became of a step; the scale moves at most once a backward."""
+        self.last_step = StepReport(
+            applied=applied, reason=reason, loss_scale=self._gate.scale, nonfinite=nonfinite
+        )
+        self.steps += 1
+        self.skipped_steps += not applied
+        self._losses.clear()
+        if self._backwards == self._counted:
+            return  # another optimizer's step after the same backward
+        if torch._C._current_graph_task_id() != -1:
+            self._pending.append(applied)  # the scale must not change within a backward
+            return
+        self._counted = self._backwards
+        self._move(applied)
+
+    def round_masters(self, parameters: Iterable[Tensor]) -> None:
+        """Where the recipe has no FP32 masters, round the weights to what it keeps."""
+        if self.recipe.master.name == "fp32" or self.recipe.optimizer.name != "fp32":
+            return
+        own = self._names()
+        with torch.no_grad():
+            for p in parameters:
+                if id(p) in own and p.dtype == torch.float32:
+                    p.copy_(p.half())
+
+
+def _device(model: nn.Module, recipe: Recipe) -> str:
+    kinds = set()
+    for name, p in model.named_parameters():
+        kinds.add(p.device.type)
+        if p.dtype in _NARROW and not recipe.is_identity:
+            raise SwitchError(
+                f"parameter {name} is {p.dtype}: the masters are FP32. Call model.float() before the switch"
+            )
+    if len(kinds) > 1:
+        raise SwitchError(
+            f"the model's parameters are on {', '.join(sorted(kinds))}; one device kind is needed"
+        )
+    return kinds.pop() if kinds else "cpu"
+
+
+def _check_not_switched(model: nn.Module) -> None:
+    call = model.__dict__.get("_call_impl")
+    for owner in getattr(call, "owners", ()):
+        if isinstance(owner, Switch) and owner.model is model:
+            raise SwitchError(
+                f"this {type(model).__name__} is switched already, to {owner.recipe}; "
+                "call off() on that switch first"
+            )
