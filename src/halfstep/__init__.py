@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from halfstep.ops import round_to as round_to
     from halfstep.recipe import Recipe as Recipe
     from halfstep.recipe import recipes as recipes
+    from halfstep.switching import switch as switch
 
 __version__ = "0.1.0"
 
