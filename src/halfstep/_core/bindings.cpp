@@ -53,6 +53,38 @@ void round_float64(std::uintptr_t x, std::uintptr_t out, std::size_t n, const Gr
                     kernels_in_use().load()->round_float64);
 }
 
+// One pass over all arrays, as if they were one: many small ones need no thread each.
+std::vector<std::size_t> count_nonfinite(const std::vector<std::uintptr_t>& arrays,
+                                         const std::vector<std::size_t>& sizes,
+                                         const std::vector<int>& carriers, int threads) {
+  struct Piece {
+    std::size_t array, begin, end;
+  };
+  std::vector<Piece> pieces;
+  std::vector<std::size_t> counts(arrays.size(), 0);
+  const Kernels* kernels = kernels_in_use();
+  const auto count = [&](const Piece& piece) {
+    const Carrier carrier = Carrier(carriers[piece.array]);
+    const std::uintptr_t from = arrays[piece.array] + piece.begin * bytes_of(carrier);
+    return kernels->count_nonfinite(reinterpret_cast<const void*>(from), piece.end - piece.begin,
+                                    carrier);
+  };
+  for (std::size_t array = 0; array < arrays.size(); ++array) {
+    if (sizes[array] < grain) {
+      counts[array] = count({array, 0, sizes[array]});
+      continue;
+    }
+    for (std::size_t begin = 0; begin < sizes[array]; begin += grain)
+      pieces.push_back({array, begin, std::min(sizes[array], begin + grain)});
+  }
+  std::vector<std::size_t> found(pieces.size());
+  parallel_for(pieces.size(), 1, threads, [&](std::size_t begin, std::size_t end) {
+    for (std::size_t i = begin; i < end; ++i) found[i] = count(pieces[i]);
+  });
+  for (std::size_t i = 0; i < pieces.size(); ++i) counts[pieces[i].array] += found[i];
+  return counts;
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->name);
@@ -84,6 +116,9 @@ NB_MODULE(_core, m) {
   m.def("round_float64", &round_float64, nb::arg("x"), nb::arg("out"), nb::arg("n"),
         nb::arg("grid"), nb::arg("rounding"), nb::arg("key_low"), nb::arg("key_high"),
         nb::arg("threads"), released);
+
+  m.def("count_nonfinite", &count_nonfinite, nb::arg("arrays"), nb::arg("sizes"),
+        nb::arg("carriers"), nb::arg("threads"), released);
 
   m.def("instruction_sets", &instruction_sets, "Those that this processor has, best first.");
   m.def("instruction_set", [] { return std::string(kernels_in_use().load()->name); },

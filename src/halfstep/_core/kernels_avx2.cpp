@@ -1,6 +1,7 @@
 // The kernels in this instruction set; CMakeLists.txt gives this file its flags.
 #include "lanes_avx2.hpp"
 #include "lanes_portable.hpp"
+#include "count.hpp"
 #include "round.hpp"
 
 namespace halfstep {
@@ -9,6 +10,7 @@ const Kernels avx2_kernels = {
     "avx2",
     round_to<Avx2Lanes>,
     round_to<Portable64>,
+    count_nonfinite,
 };
 
 }  // namespace halfstep

@@ -1,5 +1,6 @@
 // The kernels in this instruction set; CMakeLists.txt gives this file its flags.
 #include "lanes_portable.hpp"
+#include "count.hpp"
 #include "round.hpp"
 
 namespace halfstep {
@@ -8,6 +9,7 @@ const Kernels portable_kernels = {
     "portable",
     round_to<Portable32>,
     round_to<Portable64>,
+    count_nonfinite,
 };
 
 }  // namespace halfstep

@@ -9,6 +9,12 @@ namespace halfstep {
 
 enum class Rounding : int { nearest, stochastic, toward_zero, up, down, away };
 
+enum class Carrier : int { float32, float64, float16, bfloat16 };
+
+inline std::size_t bytes_of(Carrier carrier) {
+  return carrier == Carrier::float64 ? 8 : carrier == Carrier::float32 ? 4 : 2;
+}
+
 // A grid of numbers: multiples of 2^quantum_exponent near zero; from 2^(quantum_exponent +
 // mantissa_bits) on, numbers of mantissa_bits + 1 significant bits; from lowest to highest.
 struct Grid {
@@ -36,6 +42,7 @@ struct Kernels {
                         const Grid& grid, Rounding rounding, Key key, bool stream);
   void (*round_float64)(const double* x, double* out, std::size_t begin, std::size_t end,
                         const Grid& grid, Rounding rounding, Key key, bool stream);
+  std::size_t (*count_nonfinite)(const void* x, std::size_t n, Carrier carrier);
 };
 
 extern const Kernels portable_kernels;

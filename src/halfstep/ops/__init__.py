@@ -1,8 +1,9 @@
 """How a tensor is rounded and multiplied: the reference in plain torch, and native kernels."""
 
 from halfstep.ops.backends import Backend, Choice, choose, explain
+from halfstep.ops.counting import count_nonfinite
+from halfstep.ops.dot import dot_accumulate
 from halfstep.ops.random_bits import Key, draw_key, random_bits
-from halfstep.ops.reference import count_nonfinite
 from halfstep.ops.rounding import round_to
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Key",
     "choose",
     "count_nonfinite",
+    "dot_accumulate",
     "draw_key",
     "explain",
     "random_bits",

@@ -47,7 +47,7 @@ class Row:
     """A device type, or "any"."""
     backend: Backend
     function: Callable[..., Any]
-    refuses: Callable[[Format, Sequence[Tensor]], str]
+    refuses: Callable[[Format | None, Sequence[Tensor]], str]
     """Why it cannot do what is asked; empty if it can."""
     covers: str
     """What it can do, in words."""
@@ -62,7 +62,7 @@ class Choice:
     reason: str
 
 
-def _refuses_nothing(format: Format, tensors: Sequence[Tensor]) -> str:
+def _refuses_nothing(format: Format | None, tensors: Sequence[Tensor]) -> str:
     return ""
 
 
@@ -84,11 +84,40 @@ TABLE = (
         refuses=_refuses_nothing,
         covers="every format and rounding",
     ),
+    Row(
+        op="dot_accumulate",
+        device="any",
+        backend=Backend.REFERENCE,
+        function=reference.dot_accumulate_into,
+        refuses=_refuses_nothing,
+        covers="every eXmY up to 21 mantissa bits",
+    ),
+    Row(
+        op="count_nonfinite",
+        device="cpu",
+        backend=Backend.NATIVE,
+        function=native.count_nonfinite,
+        refuses=native.refuses_count,
+        covers="dense float32, float64, float16, bfloat16; the rest it passes to the reference",
+    ),
+    Row(
+        op="count_nonfinite",
+        device="any",
+        backend=Backend.REFERENCE,
+        function=reference.count_nonfinite,
+        refuses=_refuses_nothing,
+        covers="every dtype and layout",
+    ),
 )
 
 
 def choose(
-    op: str, device: torch.device, backend: Backend, *, format: Format, tensors: Sequence[Tensor]
+    op: str,
+    device: torch.device,
+    backend: Backend,
+    *,
+    tensors: Sequence[Tensor],
+    format: Format | None = None,
 ) -> Choice:
     """The implementation for these operands: the first row that is asked for and does not refuse.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from halfstep.format import Format, Kind, Rounding, overflow
+from halfstep.ops import reference
 from halfstep.ops.random_bits import Key
 
 
@@ -28,7 +29,20 @@ def _load() -> tuple[Any, str]:
 
 _core, MISSING = _load()
 
-__all__ = ["MISSING", "instruction_set", "refuses_round", "round_into"]
+__all__ = [
+    "MISSING",
+    "count_nonfinite",
+    "instruction_set",
+    "refuses_count",
+    "refuses_round",
+    "round_into",
+]
+
+# Types whose elements lie in memory as their strides say.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+# dtype -> the layout of its exponent, as in _core/count.hpp
+_EXPONENTS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 _CODES = {
     Rounding.NEAREST: 0,
@@ -51,15 +65,20 @@ def instruction_set(name: str) -> Iterator[None]:
         _core.use_instruction_set(before)
 
 
-def refuses_round(format: Format, tensors: Sequence[Tensor]) -> str:
+def refuses_round(format: Format | None, tensors: Sequence[Tensor]) -> str:
     """Why the kernels cannot round these tensors to that format; empty if they can."""
     if MISSING:
         return MISSING
     # e1m0, whose smallest step is 2, would scale the least float32 numbers to nothing
-    if format.kind is Kind.BINARY or not format.has_zero or format.quantum_exponent > 0:
+    if (
+        format is None
+        or format.kind is Kind.BINARY
+        or not format.has_zero
+        or format.quantum_exponent > 0
+    ):
         return f"{format} has no native kernel"
     for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
+        if type(tensor) not in _PLAIN:
             return f"a {type(tensor).__name__} may have no memory of its own"
     return ""
 
@@ -102,6 +121,39 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
         torch.autograd.graph.increment_version(out)
     else:
         target.copy_(rounded)
+
+
+def refuses_count(format: Format | None, tensors: Sequence[Tensor]) -> str:
+    """Why the kernels cannot count; empty if they can."""
+    return MISSING
+
+
+def count_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
+    """How many elements of each tensor are infinite or NaN; see `halfstep.ops.count_nonfinite`."""
+    counts = [0] * len(tensors)
+    ours: list[int] = []
+    others: list[int] = []
+    for index, tensor in enumerate(tensors):
+        takes = (
+            type(tensor) in _PLAIN
+            and tensor.device.type == "cpu"
+            and tensor.dtype in _EXPONENTS
+            and tensor.is_contiguous()
+        )
+        (ours if takes else others).append(index)
+    found = _core.count_nonfinite(
+        [tensors[i].data_ptr() for i in ours],
+        [tensors[i].numel() for i in ours],
+        [_EXPONENTS[tensors[i].dtype] for i in ours],
+        torch.get_num_threads(),
+    )
+    for index, count in zip(ours, found, strict=True):
+        counts[index] = count
+    if others:
+        found = reference.count_nonfinite([tensors[i] for i in others])
+        for index, count in zip(others, found, strict=True):
+            counts[index] = count
+    return counts
 
 
 def _overlaps(out: Tensor, x: Tensor) -> bool:

@@ -1,0 +1,48 @@
+"""Counting what is not finite: what the loss scale asks after every backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from halfstep.errors import OperandError
+from halfstep.ops.backends import Backend, choose
+
+__all__ = ["count_nonfinite"]
+
+
+def count_nonfinite(
+    tensors: Sequence[Tensor], *, backend: Backend | str = Backend.AUTO
+) -> list[int]:
+    """How many elements of each tensor are infinite or NaN, in the order of the tensors.
+
+    Of any dtype (integers are finite), shape, layout and device; of sparse tensors the values that
+    are stored count, duplicates added up. On the CPU one pass at the speed of memory; elsewhere one
+    synchronisation for all. No tensors give no counts; an empty tensor has 0.
+
+    Raises `OperandError` for what is no tensor.
+
+    >>> count_nonfinite([torch.tensor([1.0, torch.inf]), torch.zeros(3)])
+    [1, 0]
+    """
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise OperandError(
+                f"count_nonfinite: element {index} is a {type(tensor).__name__}; "
+                "allowed: a torch.Tensor"
+            )
+    if not tensors:
+        return []
+    with torch.no_grad():
+        dense = [_values(tensor) for tensor in tensors]
+        device = dense[0].device
+        choice = choose("count_nonfinite", device, Backend.parse(backend), tensors=dense)
+        return choice.function(dense)
+
+
+def _values(tensor: Tensor) -> Tensor:
+    if tensor.layout is torch.strided:
+        return tensor
+    return (tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor).values()
