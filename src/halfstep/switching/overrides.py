@@ -155,19 +155,20 @@ def _widen(t: Tensor) -> Tensor:
 
 
 def _wide(below: _Below) -> Callable[..., Any]:
+    computes_wide = below.op._schema.name.removeprefix("aten::") in policy.WIDE_INSIDE
+
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         region = current()
         if region is None or not region.plan.wide_operations:
             return below.as_torch(keys, args, kwargs)
+        low = region.plan.low
+        narrow = region.plan.narrow_writes and isinstance(args[0], Tensor) and args[0].dtype == low
+        if narrow and computes_wide:
+            return below.whole(args, kwargs)
         args, kwargs = _cast_all(args, kwargs, _widen)
         out = below.whole(args, kwargs)
-        if (
-            region.plan.narrow_writes
-            and isinstance(out, Tensor)
-            and out.dim()
-            and out.dtype == torch.float32
-        ):
-            return out.to(region.plan.low)
+        if narrow and isinstance(out, Tensor) and out.dim() and out.dtype == torch.float32:
+            return out.to(low)
         return out
 
     return kernel

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["COMPOSITE_DOTS", "DOTS", "PROMOTE", "RECURRENT", "WIDE", "overload"]
+__all__ = ["COMPOSITE_DOTS", "DOTS", "PROMOTE", "RECURRENT", "WIDE", "WIDE_INSIDE", "overload"]
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -32,6 +32,9 @@ WIDE = _names("""
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
     _upsample_bilinear2d_aa _upsample_bicubic2d_aa
 """)
+
+# Those of them whose own 16-bit kernels compute in FP32 inside: nothing to cast where 16 bits are written.
+WIDE_INSIDE = frozenset(_names("layer_norm group_norm softmax log_softmax"))
 
 # Dot products (rule 1): operands read in the low format, FP32 accumulator, one rounding at the end.
 DOTS = _names("""
