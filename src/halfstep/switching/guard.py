@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -13,7 +16,7 @@ from halfstep import ops
 from halfstep.errors import NonFiniteError
 from halfstep.switching.loss_scale import StepReason
 
-__all__ = ["Guard", "Owner"]
+__all__ = ["Guard", "Owner", "not_finite_at_floor"]
 
 
 class Owner(Protocol):
@@ -39,6 +42,14 @@ class Owner(Protocol):
         """Note what became of a step, and move the scale."""
         ...
 
+    def defers(self) -> bool:
+        """True where a step's outcome may be learnt after it."""
+        ...
+
+    def report_later(self, bad: Tensor, names: list[str]) -> None:
+        """Note a step whose outcome is on the device still: ``bad[k]`` for the gradient of ``names[k]``."""
+        ...
+
     def round_masters(self, parameters: Iterable[Tensor]) -> None:
         """Round weights that the recipe keeps in 16 bits."""
         ...
@@ -56,7 +67,7 @@ class Guard:
         self._owner = owner
         self._guarded = guarded
         self._hidden: list[tuple[dict[str, Any], list[Tensor]]] = []
-        self._depth = 0
+        self._handed_over: tuple[Tensor, list[str]] | None = None
         self._verdict: tuple[bool, StepReason, dict[str, int]] = (True, StepReason.FINITE, {})
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -74,12 +85,9 @@ class Guard:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._depth and self._hidden:  # an earlier step that was skipped raised on its way
-            self._show()
-            self._depth = 0
-        self._depth += 1
-        if self._depth > 1:  # a subclass whose step calls its parent's: one step
+        if _is_nested(optimizer, sys._getframe(1)):
             return None
+        self._show()  # an earlier step may have raised on its way
         if not self._guarded:
             self._verdict = (True, StepReason.UNGUARDED, {})
             return None
@@ -90,11 +98,11 @@ class Guard:
             if len(args) > 1:
                 return (args[0], checked, *args[2:]), kwargs
             return args, {**kwargs, "closure": checked}
-        try:
-            nonfinite = self._check()
-        except BaseException:
-            self._depth = 0
-            raise
+        if self._on_device():
+            self._verdict = (True, StepReason.FINITE, {})
+            self._hand_over()
+            return None
+        nonfinite = self._check()
         if nonfinite:
             self._verdict = (False, StepReason.OVERFLOW, nonfinite)
             self._hide()
@@ -103,14 +111,36 @@ class Guard:
         return None
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._depth -= 1
-        if self._depth:
+        if _is_nested(optimizer, sys._getframe(1)):
             return
         self._show()
+        if self._handed_over is not None:
+            bad, names = self._handed_over
+            self._handed_over = None
+            del self.optimizer.found_inf, self.optimizer.grad_scale  # pyright: ignore[reportAttributeAccessIssue]
+            self._owner.report_later(bad, names)
+            return
         applied, reason, nonfinite = self._verdict
         if applied:
             self._owner.round_masters(self.parameters())
         self._owner.report(applied, reason, nonfinite)
+
+    def _on_device(self) -> bool:
+        """True where the optimizer can be told on the device to skip: fused, on CUDA, FP32 masters."""
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        return fused and all(p.is_cuda for p in self.parameters()) and self._owner.defers()
+
+    def _hand_over(self) -> None:
+        """Tell a fused optimizer to skip where a gradient is not finite, without waiting for the device."""
+        held = [p for p in self.parameters() if p.grad is not None]
+        if not held:
+            return
+        norms = torch._foreach_norm([p.grad for p in held], math.inf)  # pyright: ignore
+        largest = torch.stack(norms)
+        bad = ~torch.isfinite(largest)
+        self.optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.found_inf = bad.any().to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
+        self._handed_over = (bad, [self._owner.name_of(p) for p in held])
 
     def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """``closure``, evaluated again at a lower scale while its gradients overflow."""
@@ -139,13 +169,7 @@ class Guard:
         counts = ops.count_nonfinite([p.grad for p in held])  # pyright: ignore[reportArgumentType]
         nonfinite = {owner.name_of(p): n for p, n in zip(held, counts, strict=True) if n}
         if nonfinite and owner.at_floor():
-            worst = ", ".join(f"{k} ({n})" for k, n in list(nonfinite.items())[:5])
-            more = f" and {len(nonfinite) - 5} more" if len(nonfinite) > 5 else ""
-            raise NonFiniteError(
-                f"gradients are not finite at loss scale {owner.scale():g}, which is as low as it goes: "
-                f"{worst}{more}. The loss is finite, so a value overflowed inside the model or its backward. "
-                "The step was not applied; bf16 has FP32's range"
-            )
+            raise NonFiniteError(not_finite_at_floor(nonfinite, owner.scale()))
         return nonfinite
 
     def _hide(self) -> None:
@@ -157,3 +181,28 @@ class Guard:
         while self._hidden:
             group, parameters = self._hidden.pop()
             group["params"] = parameters
+
+
+def not_finite_at_floor(nonfinite: dict[str, int], scale: float) -> str:
+    """The text of the error for gradients that no lower loss scale can mend."""
+    worst = ", ".join(f"{k} ({n})" for k, n in list(nonfinite.items())[:5])
+    more = f" and {len(nonfinite) - 5} more" if len(nonfinite) > 5 else ""
+    return (
+        f"gradients are not finite at loss scale {scale:g}, which is as low as it goes: {worst}{more}. "
+        "The loss is finite, so a value overflowed inside the model or its backward. "
+        "The step was not applied; bf16 has FP32's range"
+    )
+
+
+def _is_nested(optimizer: Optimizer, step: types.FrameType) -> bool:
+    """True where ``step``, the frame of torch's wrapper around step(), runs inside another of this optimizer.
+
+    A subclass whose step calls its parent's runs the hooks twice. The stack says so with nothing to keep
+    in order when a step raises.
+    """
+    frame = step.f_back
+    while frame is not None:
+        if frame.f_code is step.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from halfstep.errors import OperandError, SwitchError
+from halfstep.errors import NonFiniteError, OperandError, SwitchError
 from halfstep.recipe import Recipe
 from halfstep.switching import engine, overrides
 from halfstep.switching.adoption import adopt, fingerprint, release, working_dtypes
 from halfstep.switching.audit import Intervals, Schedule, check_forward, check_roots
 from halfstep.switching.boundary import Gate, enter, leave
 from halfstep.switching.explanation import Explanation
-from halfstep.switching.guard import Guard
+from halfstep.switching.guard import Guard, not_finite_at_floor
 from halfstep.switching.loss_scale import LossScale, StepReason, StepReport
 from halfstep.switching.naming import describe, parameter_names
 from halfstep.switching.plain import become_half
@@ -93,9 +93,10 @@ class Switch:
         self.recipe = recipe
         self.plan: Plan = make_plan(recipe, _device(model, recipe))
         _check_not_switched(model)
-        self.last_step = StepReport(
+        self._last_step = StepReport(
             applied=False, reason=StepReason.NONE_YET, loss_scale=1.0, nonfinite={}
         )
+        self._on_device: list[tuple[Tensor, list[str]]] = []
         self.steps = 0
         self.skipped_steps = 0
         self._on = True
@@ -130,8 +131,15 @@ class Switch:
     # -- what a user asks ---------------------------------------------------------------------------
 
     @property
+    def last_step(self) -> StepReport:
+        """What became of the last ``optimizer.step()``; waits for the device where it is not known yet."""
+        self._settle()
+        return self._last_step
+
+    @property
     def loss_scale(self) -> float:
         """The loss scale that the next backward will use."""
+        self._settle()
         return self._gate.scale
 
     def was_step_applied(self) -> bool:
@@ -318,7 +326,21 @@ class Switch:
         del self._losses[:-_LOSSES_KEPT]
 
     def _settle(self) -> None:
-        """Move the scale for steps taken inside a backward (optimizers in hooks), now that it is over."""
+        """Take in what earlier steps left open.
+
+        Outcomes that were on the device still, and steps taken inside a backward (optimizers in hooks): the
+        scale must not change within one.
+        """
+        while self._on_device:
+            bad, names = self._on_device.pop(0)
+            nonfinite = {
+                name: 1 for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad
+            }
+            if nonfinite and self.at_floor():
+                self._on_device.clear()
+                raise NonFiniteError(not_finite_at_floor(nonfinite, self._gate.scale))
+            reason = StepReason.OVERFLOW if nonfinite else StepReason.FINITE
+            self.report(not nonfinite, reason, nonfinite)
         if self._pending and torch._C._current_graph_task_id() == -1:
             finite = all(self._pending)
             self._pending.clear()
@@ -350,7 +372,7 @@ class Switch:
 
     def report(self, applied: bool, reason: StepReason, nonfinite: dict[str, int]) -> None:
         """Note what became of a step; the scale moves at most once a backward."""
-        self.last_step = StepReport(
+        self._last_step = StepReport(
             applied=applied, reason=reason, loss_scale=self._gate.scale, nonfinite=nonfinite
         )
         self.steps += 1
@@ -363,6 +385,14 @@ class Switch:
             return
         self._counted = self._backwards
         self._move(applied)
+
+    def defers(self) -> bool:
+        """True where a step's outcome may be learnt after it: nothing is left to do to the masters."""
+        return self.recipe.master.name == "fp32"
+
+    def report_later(self, bad: Tensor, names: list[str]) -> None:
+        """Note a step whose outcome is on the device still; looked at when the next forward begins."""
+        self._on_device.append((bad, names))
 
     def round_masters(self, parameters: Iterable[Tensor]) -> None:
         """Where the recipe has no FP32 masters, round the weights to what it keeps."""
