@@ -2,6 +2,7 @@
 #include "lanes_avx2.hpp"
 #include "lanes_portable.hpp"
 #include "count.hpp"
+#include "dot_portable.hpp"
 #include "round.hpp"
 
 namespace halfstep {
@@ -11,6 +12,7 @@ const Kernels avx2_kernels = {
     round_to<Avx2Lanes>,
     round_to<Portable64>,
     count_nonfinite,
+    dot_portable,
 };
 
 }  // namespace halfstep

@@ -2,6 +2,7 @@
 #include "lanes_avx512.hpp"
 #include "lanes_portable.hpp"
 #include "count.hpp"
+#include "dot_avx512.hpp"
 #include "round.hpp"
 
 namespace halfstep {
@@ -11,6 +12,7 @@ const Kernels avx512_kernels = {
     round_to<Avx512Lanes>,
     round_to<Portable64>,
     count_nonfinite,
+    dot_avx512,
 };
 
 }  // namespace halfstep

@@ -1,6 +1,7 @@
 // The kernels in this instruction set; CMakeLists.txt gives this file its flags.
 #include "lanes_portable.hpp"
 #include "count.hpp"
+#include "dot_portable.hpp"
 #include "round.hpp"
 
 namespace halfstep {
@@ -10,6 +11,7 @@ const Kernels portable_kernels = {
     round_to<Portable32>,
     round_to<Portable64>,
     count_nonfinite,
+    dot_portable,
 };
 
 }  // namespace halfstep

@@ -34,6 +34,22 @@ struct Key {
   std::uint32_t high;
 };
 
+// out[rows, columns] += a[rows, depth] @ b[depth, columns]. Strides are in elements; rows of out are
+// contiguous.
+struct DotBlock {
+  const float* a;
+  std::ptrdiff_t a_row, a_column;
+  const float* b;
+  std::ptrdiff_t b_row, b_column;
+  float* out;
+  std::size_t out_row;
+  std::size_t rows, columns, depth;
+};
+
+constexpr std::size_t dot_rows = 48;          // the most of one block
+constexpr std::size_t dot_columns = 32;       // the most of one block
+constexpr std::size_t dot_panel_depth = 512;  // of the scratch space, which has dot_columns too
+
 // One kernel set for each instruction set; elements [begin, end) of the arrays are done. Element
 // i of a stochastic rounding uses random bits i. `stream`: write past the caches.
 struct Kernels {
@@ -43,6 +59,7 @@ struct Kernels {
   void (*round_float64)(const double* x, double* out, std::size_t begin, std::size_t end,
                         const Grid& grid, Rounding rounding, Key key, bool stream);
   std::size_t (*count_nonfinite)(const void* x, std::size_t n, Carrier carrier);
+  void (*dot_accumulate)(const DotBlock& block, const Grid& grid, float* panel);
 };
 
 extern const Kernels portable_kernels;

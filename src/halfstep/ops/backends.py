@@ -86,6 +86,14 @@ TABLE = (
     ),
     Row(
         op="dot_accumulate",
+        device="cpu",
+        backend=Backend.NATIVE,
+        function=native.dot_accumulate_into,
+        refuses=native.refuses_round,
+        covers="every eXmY up to 21 mantissa bits; AVX-512, else plain C++",
+    ),
+    Row(
+        op="dot_accumulate",
         device="any",
         backend=Backend.REFERENCE,
         function=reference.dot_accumulate_into,

@@ -60,8 +60,8 @@ def dot_accumulate(
             "do not broadcast"
         ) from None
     with torch.no_grad():
-        a = a.detach().float().expand(*batch, *a.shape[-2:])
-        b = b.detach().float().expand(*batch, *b.shape[-2:])
+        a = a.detach().float().resolve_neg().expand(*batch, *a.shape[-2:])
+        b = b.detach().float().resolve_neg().expand(*batch, *b.shape[-2:])
         out = a.new_zeros((*batch, a.shape[-2], b.shape[-1]))
         choice = choose(
             "dot_accumulate", a.device, Backend.parse(backend), format=format, tensors=(a, b)

@@ -32,6 +32,7 @@ _core, MISSING = _load()
 __all__ = [
     "MISSING",
     "count_nonfinite",
+    "dot_accumulate_into",
     "instruction_set",
     "refuses_count",
     "refuses_round",
@@ -121,6 +122,42 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
         torch.autograd.graph.increment_version(out)
     else:
         target.copy_(rounded)
+
+
+def dot_accumulate_into(out: Tensor, a: Tensor, b: Tensor, format: Format) -> None:
+    """Adds ``a @ b`` to ``out`` in order of k, rounded to the format after every exact step.
+
+    See `halfstep.ops.dot_accumulate`. ``out`` is contiguous; ``a`` and ``b`` may be broadcast.
+    """
+    if not out.numel():
+        return
+    a_starts, b_starts = _starts(a), _starts(b)
+    _core.dot_accumulate(
+        a=a.data_ptr(),
+        a_starts=a_starts.data_ptr(),
+        a_row=a.stride(-2),
+        a_column=a.stride(-1),
+        b=b.data_ptr(),
+        b_starts=b_starts.data_ptr(),
+        b_row=b.stride(-2),
+        b_column=b.stride(-1),
+        out=out.data_ptr(),
+        batch=len(a_starts),
+        m=a.shape[-2],
+        n=b.shape[-1],
+        k=a.shape[-1],
+        grid=_grid(format, Rounding.NEAREST, torch.float32),
+        threads=torch.get_num_threads(),
+    )
+    torch.autograd.graph.increment_version(out)
+
+
+def _starts(x: Tensor) -> Tensor:
+    """Where each matrix of a batch begins, in elements."""
+    starts = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(x.shape[:-2], x.stride()[:-2], strict=True):
+        starts = starts[..., None] + torch.arange(size) * stride
+    return starts.flatten()
 
 
 def refuses_count(format: Format | None, tensors: Sequence[Tensor]) -> str:
