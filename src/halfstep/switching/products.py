@@ -26,14 +26,20 @@ if TYPE_CHECKING:
 __all__ = ["convolve", "matmul", "rows", "wide_rows"]
 
 
+_TINY = 1 << 19
+
+
 def _pick_gemm() -> Callable[[Tensor, Tensor], Tensor]:
-    """oneDNN's FP32 GEMM where torch has it: twice as fast as MKL's on processors that are not Intel's."""
+    """oneDNN's FP32 GEMM where torch has it: twice as fast as MKL's on processors that are not Intel's.
+
+    Below `_TINY` multiplications its set-up costs more than it saves.
+    """
     linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if linear is None or not torch.backends.mkldnn.is_available():
         return F.linear
 
     def gemm(a: Tensor, b: Tensor) -> Tensor:
-        if a.device.type != "cpu" or not a.numel() or not b.numel():
+        if a.device.type != "cpu" or a.numel() * b.size(0) < _TINY:
             return F.linear(a, b)
         return linear(a, b, None, "none", [], "")
 
