@@ -104,18 +104,21 @@ class _LowerMany(Function):
                 for g, dtype in zip(grads, ctx.dtypes, strict=True)
             ]
         else:
-            out = [
-                None if g is None else _unscaled(g, scale, dtype)
-                for g, dtype in zip(grads, ctx.dtypes, strict=True)
-            ]
+            out = _unscaled(grads, scale, ctx.dtypes)
         return None, None, *out
 
 
-def _unscaled(grad: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    wide = grad.to(dtype)
-    if scale == 1.0:
-        return wide
-    return wide.div(scale) if wide is grad else wide.div_(scale)
+def _unscaled(
+    grads: tuple[Tensor | None, ...], scale: float, dtypes: tuple[torch.dtype, ...]
+) -> list[Tensor | None]:
+    """Each gradient over ``scale`` in its master's dtype: one kernel for all on a GPU, beside the casts."""
+    wide = [
+        None if g is None else (g.to(dtype) if g.dtype != dtype else g.clone())
+        for g, dtype in zip(grads, dtypes, strict=True)
+    ]
+    if scale != 1.0:
+        torch._foreach_div_([g for g in wide if g is not None], scale)  # pyright: ignore
+    return wide
 
 
 def enter(x: Tensor, gate: Gate, dtype: torch.dtype) -> Tensor:
