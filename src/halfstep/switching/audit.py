@@ -62,11 +62,20 @@ class Intervals:
 
 def check_forward(
     outputs: Iterable[Tensor],
+    *,
     first_node: int,
+    inside: Intervals,
+    inputs: Iterable[Tensor],
     where: str,
     describe: Callable[[Tensor], str],
 ) -> None:
-    """Raise `ScaledGradientError` where the region's graph reaches out of it past the boundary."""
+    """Raise `ScaledGradientError` where the region's graph reaches out of it past the boundary.
+
+    ``first_node`` is the number at which this region's nodes begin. Nodes ``inside`` earlier regions of the
+    same switch are scaled alike (a state kept from one forward to the next). ``inputs`` are leaves whose
+    gradient is meant to stay scaled: what a checkpointed function was given.
+    """
+    known = {id(t) for t in inputs}
     seen: set[Any] = set()
     stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
     while stack:
@@ -76,13 +85,16 @@ def check_forward(
         seen.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None:
+            if id(leaf) in known:
+                continue
             raise ScaledGradientError(
                 f"{where}: forward used {describe(leaf)} past the boundary of the region, so its "
                 "gradient would leave multiplied by the loss scale. Make it a parameter of a module that "
                 "is part of the switched model (not in a plain list, a closure or another object), or "
                 "pass it to forward as an input"
             )
-        if node._sequence_nr() < first_node:
+        number = node._sequence_nr()
+        if number < first_node and number not in inside:
             raise ScaledGradientError(
                 f"{where}: forward used a tensor computed outside the region (the result of "
                 f"{node.name()}) that is no input of forward, so its gradient would leave multiplied by "

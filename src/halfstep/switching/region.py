@@ -23,6 +23,9 @@ from halfstep.switching.plan import Plan
 
 __all__ = ["LazyParameters", "Region", "current", "keeps_fp32", "reopening"]
 
+# Called with what a region gave, the region, and what it was given; raises where a gradient would leak.
+Audit = Callable[[Any, "Region", Any], None]
+
 _local = threading.local()
 _LOWERED_FROM = (torch.float32, torch.float64)
 # Elements that share one graph node: a node a parameter would cost more than the cast of a small one.
@@ -103,6 +106,7 @@ class Region:
         "_frozen_copies",
         "_low",
         "_masters",
+        "audit",
         "buckets",
         "emulator",
         "first_node",
@@ -113,9 +117,12 @@ class Region:
         "thread",
     )
 
-    def __init__(self, plan: Plan, gate: Gate, scaled: bool, buckets: Buckets) -> None:
+    def __init__(
+        self, plan: Plan, gate: Gate, scaled: bool, buckets: Buckets, audit: Audit
+    ) -> None:
         self.plan = plan
         self.gate = gate
+        self.audit = audit
         # At scale 1 a plain cast is a boundary: torch's own node turns the gradient to FP32.
         self.lowers_through_boundary = scaled
         self.buckets = buckets
@@ -199,7 +206,7 @@ class Region:
 
     def again(self) -> Region:
         """A region like this one for a recomputation: same plan and gate, working copies made anew."""
-        return Region(self.plan, self.gate, self.lowers_through_boundary, _SINGLES)
+        return Region(self.plan, self.gate, self.lowers_through_boundary, _SINGLES, self.audit)
 
 
 class Buckets:
@@ -251,9 +258,12 @@ def reopening(function: Callable[..., Any]) -> Callable[..., Any]:
         again = region.again()
         try:
             with again.opened():
-                return function(*args, **kwargs)
+                out = function(*args, **kwargs)
         finally:
             again.clear()
+        if torch.is_grad_enabled() and again.lowers_through_boundary:
+            again.audit(out, again, (args, kwargs))
+        return out
 
     return run
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["map_tensors"]
+__all__ = ["map_tensors", "tensors_in"]
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -43,6 +43,18 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
             object.__setattr__(new, k, v)  # frozen ones too: the copy is ours
         return new
     return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a structure, in order."""
+    found: list[Tensor] = []
+
+    def note(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(value, note)
+    return found
 
 
 def _rebuilt(kind: type, items: list[Any]) -> Any:

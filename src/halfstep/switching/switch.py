@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from halfstep.switching.naming import describe, parameter_names
 from halfstep.switching.plain import become_half
 from halfstep.switching.plan import Plan, make_plan
 from halfstep.switching.region import Buckets, Region, check_unwritten, current
-from halfstep.switching.structure import map_tensors
+from halfstep.switching.structure import map_tensors, tensors_in
 
 __all__ = ["Switch", "switch"]
 
@@ -238,8 +239,10 @@ class Switch:
     ) -> Any:
         """``call(*args, **kwargs)`` of ``module`` inside a region of its own."""
         self._settle()
+        self._check_device(module)
         changed = self._readopt(module)
-        region = Region(self.plan, self._gate, self._scaled, self._buckets)
+        audit = functools.partial(self._audit, module)
+        region = Region(self.plan, self._gate, self._scaled, self._buckets, audit)
         grad = torch.is_grad_enabled()
         args, kwargs = map_tensors((args, kwargs), self._entering(grad))
         try:
@@ -257,8 +260,16 @@ class Switch:
             if changed:
                 schedule.restart()
             if schedule.due():
-                self._audit(out, region, module)
+                audit(out, region, ())
         return map_tensors(out, lambda t: self._leave(t, region))
+
+    def _check_device(self, module: nn.Module) -> None:
+        parameter = next(module.parameters(), None)
+        if parameter is not None and parameter.device.type != self.plan.device:
+            raise SwitchError(
+                f"the model was moved from {self.plan.device} to {parameter.device.type} while switched: "
+                "call switch.off(), move it, and switch it again"
+            )
 
     def _entering(self, grad: bool) -> Callable[[Tensor], Tensor]:
         low = self.plan.low
@@ -280,16 +291,18 @@ class Switch:
             return leave(t, region.gate, dtype)
         return t.to(dtype)
 
-    def _audit(self, out: Any, region: Region, module: nn.Module) -> None:
-        tensors: list[Tensor] = []
-        map_tensors(out, lambda t: tensors.append(t) or t)
+    def _audit(self, module: nn.Module, out: Any, region: Region, given: Any) -> None:
         names = self._names()
         where = next((n for n, m in self.model.named_modules() if m is module), "")
         check_forward(
-            tensors,
-            region.first_node,
-            f"model.{where}" if where else type(module).__name__,
-            lambda leaf: describe(leaf, self.model, names, [g.optimizer for g in self._guards]),
+            tensors_in(out),
+            first_node=region.first_node,
+            inside=self._inside,
+            inputs=tensors_in(given),
+            where=f"model.{where}" if where else type(module).__name__,
+            describe=lambda leaf: describe(
+                leaf, self.model, names, [g.optimizer for g in self._guards]
+            ),
         )
 
     def _adopt(self, root: nn.Module) -> None:
