@@ -18,9 +18,9 @@ using namespace halfstep;
 
 namespace {
 
-// Elements a thread is worth starting for, and the bytes from which an output that is not in a
+// Elements that a thread takes at a time, and the bytes from which an output that is not in a
 // cache anyway is written past them; both measured, see docs/decisions/0011.
-constexpr std::size_t grain = std::size_t(1) << 17;
+constexpr std::size_t grain = std::size_t(1) << 16;
 constexpr std::size_t stream_from = std::size_t(1) << 22;
 constexpr double dot_small = 1 << 19;  // multiply-adds that are not worth a thread
 
@@ -33,12 +33,7 @@ void round_all(std::uintptr_t x, std::uintptr_t out, std::size_t n, const Grid& 
   // Pieces end at multiples of the grain, which divides 2^32: no vector crosses a block of random
   // bits.
   parallel_for(n, grain, threads, [&](std::size_t begin, std::size_t end) {
-    constexpr std::size_t block = std::size_t(1) << 32;
-    while (begin < end) {
-      const std::size_t stop = std::min(end, (begin / block + 1) * block);
-      kernel(from, to, begin, stop, grid, Rounding(rounding), key, stream);
-      begin = stop;
-    }
+    kernel(from, to, begin, end, grid, Rounding(rounding), key, stream);
   });
 }
 
@@ -98,9 +93,8 @@ void dot_accumulate(std::uintptr_t a, std::uintptr_t a_starts, std::ptrdiff_t a_
   const std::size_t across = (n + dot_columns - 1) / dot_columns;
   const Kernels* kernels = kernels_in_use();
   const bool small = double(batch) * double(m) * double(n) * double(k) < dot_small;
-  parallel_for(batch * down * across, 1, small ? 1 : threads, [&](std::size_t begin,
-                                                                  std::size_t end) {
-    std::vector<float> panel(dot_columns * dot_panel_depth);
+  const auto run = [&](std::size_t begin, std::size_t end) {
+    alignas(64) float panel[dot_columns * dot_panel_depth];  // 64 KiB of stack
     for (std::size_t i = begin; i < end; ++i) {
       const std::size_t matrix = i / (down * across);
       const std::size_t row = i % down * dot_rows, column = i / down % across * dot_columns;
@@ -116,9 +110,10 @@ void dot_accumulate(std::uintptr_t a, std::uintptr_t a_starts, std::ptrdiff_t a_
           std::min(dot_rows, m - row),
           std::min(dot_columns, n - column),
           k};
-      kernels->dot_accumulate(block, grid, panel.data());
+      kernels->dot_accumulate(block, grid, panel);
     }
-  });
+  };
+  parallel_for(batch * down * across, 1, small ? 1 : threads, run);
 }
 
 std::vector<std::string> instruction_sets() {

@@ -1,12 +1,17 @@
-// Work split over threads that live for one call. Why no pool: docs/decisions/0011.
+// Work split over threads: those that torch's own operations run on, where they are to be had. Why:
+// docs/decisions/0011.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <system_error>
 #include <thread>
 #include <vector>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#endif
 #ifdef HALFSTEP_X86
 #include <immintrin.h>
 #endif
@@ -26,29 +31,53 @@ class DefaultFloatMode {
 #endif
 };
 
-// f(begin, end) for pieces that make up [0, n): at most `threads`, none shorter than `grain` but
-// the last, each boundary a multiple of `grain`. A thread that cannot be started is done without.
-template <class F>
-void parallel_for(std::size_t n, std::size_t grain, int threads, const F& f) {
-  const auto run = [&f](std::size_t begin, std::size_t end) {
-    const DefaultFloatMode mode;
-    f(begin, end);
-  };
-  const std::size_t grains = (n + grain - 1) / grain;
-  const std::size_t pieces = std::min<std::size_t>(grains, std::max(threads, 1));
-  if (pieces == 0) return;
-  const auto boundary = [&](std::size_t p) { return std::min(n, grains * p / pieces * grain); };
+// The entry point of the OpenMP runtime that torch has loaded; null where it has none of GNU's.
+using TeamRun = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+inline TeamRun team_run() {
+#if defined(__unix__) || defined(__APPLE__)
+  static const TeamRun found = reinterpret_cast<TeamRun>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+#else
+  return nullptr;
+#endif
+}
+
+// body(data) on `threads` threads, this one among them; on fewer where they cannot be had.
+inline void on_team(void (*body)(void*), void* data, unsigned threads) {
+  if (threads <= 1) return body(data);
+  if (const TeamRun run = team_run()) return run(body, data, threads, 0);
   std::vector<std::thread> helpers;
-  helpers.reserve(pieces - 1);
-  std::size_t started = 1;
+  helpers.reserve(threads - 1);
   try {
-    for (; started < pieces; ++started)
-      helpers.emplace_back(run, boundary(started), boundary(started + 1));
+    while (helpers.size() + 1 < threads) helpers.emplace_back(body, data);
   } catch (const std::system_error&) {
   }
-  run(0, boundary(1));
-  if (started < pieces) run(boundary(started), n);
+  body(data);
   for (std::thread& helper : helpers) helper.join();
+}
+
+// f(begin, end) for pieces of `grain` that make up [0, n), on at most `threads` threads, each taking
+// the next piece when it is done with one: a busy core takes fewer. f must not throw.
+template <class F>
+void parallel_for(std::size_t n, std::size_t grain, int threads, const F& f) {
+  struct Work {
+    const F& f;
+    std::size_t n, grain;
+    std::atomic<std::size_t> next{0};
+  } work{f, n, grain};
+  const std::size_t pieces = (n + grain - 1) / grain;
+  if (pieces == 0) return;
+  const auto body = [](void* data) {
+    Work& work = *static_cast<Work*>(data);
+    const DefaultFloatMode mode;
+    for (;;) {
+      const std::size_t begin = work.next.fetch_add(1) * work.grain;
+      if (begin >= work.n) return;
+      work.f(begin, std::min(work.n, begin + work.grain));
+    }
+  };
+  on_team(body, &work, unsigned(std::min<std::size_t>(pieces, std::size_t(std::max(threads, 1)))));
 }
 
 }  // namespace halfstep

@@ -63,12 +63,11 @@ class Rounding(Enum):
         >>> Rounding.parse("toward_zero")
         <Rounding.TOWARD_ZERO: 'toward_zero'>
         """
-        if isinstance(given, Rounding):
-            return given
-        for member in cls:
-            if member.value == given:
-                return member
-        raise UnknownNameError("rounding", given, [member.value for member in cls])
+        try:
+            return cls(given)
+        except ValueError:
+            known = [member.value for member in cls]
+            raise UnknownNameError("rounding", given, known) from None
 
     def magnitude_grows(self, negative: bool) -> bool:
         """True if this rounding overflows; else it stops at the largest (IEEE 754 section 7.4)."""

@@ -39,8 +39,6 @@ _FLOATS_BY_WIDTH: Mapping[tuple[int, int], Format] = MappingProxyType(
 
 def parse_format(given: object) -> Format:
     """The format that ``given`` means; see `Format.parse`."""
-    if isinstance(given, Format):
-        return given
     text = str(given).strip().lower().removeprefix("torch.")
     name, colon, overflow = text.partition(":")
     if not colon:

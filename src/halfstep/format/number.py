@@ -86,6 +86,8 @@ class Format:
         >>> Format.parse("q3.5").lowest, Format.parse("e4m3fn:nan").overflow.value
         (-4.0, 'nan')
         """
+        if isinstance(given, cls):
+            return given
         # Names mean literals, and literals are made of this class: import at the call.
         from halfstep.format.names import parse_format
 
@@ -100,6 +102,9 @@ class Format:
 
     def __str__(self) -> str:
         return self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # of all fields it would cost microseconds at every cached call
 
     # What there is
 

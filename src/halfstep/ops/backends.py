@@ -30,12 +30,11 @@ class Backend(Enum):
     @classmethod
     def parse(cls, given: object) -> Backend:
         """The back end of that name; a `Backend` is returned as it is."""
-        if isinstance(given, Backend):
-            return given
-        for member in cls:
-            if member.value == given:
-                return member
-        raise UnknownNameError("backend", given, [member.value for member in cls])
+        try:
+            return cls(given)
+        except ValueError:
+            known = [member.value for member in cls]
+            raise UnknownNameError("backend", given, known) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

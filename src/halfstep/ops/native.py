@@ -92,12 +92,11 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
     """
     carrier = torch.float64 if x.dtype is torch.float64 else torch.float32
     source = x.detach().to(carrier).resolve_neg()
-    if rounding is not Rounding.STOCHASTIC:
+    target = out
+    if rounding is not Rounding.STOCHASTIC and not source.is_contiguous():
         # element by element, whatever their order: walk a transposed tensor as it lies
         order = sorted(range(x.dim()), key=source.stride, reverse=True)
         source, target = source.permute(order), out.permute(order)
-    else:
-        target = out
     source = source.contiguous()
     direct = (
         target.is_contiguous()

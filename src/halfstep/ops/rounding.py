@@ -104,9 +104,8 @@ def _rounded(x: Tensor, format: Format, rounding: Rounding, key: Key, backend: B
 def _round_into(
     out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: Key, backend: Backend
 ) -> None:
-    with torch.no_grad():
-        function = choose("round_to", x.device, backend, format=format, tensors=(x, out)).function
-        function(out, x, format, rounding, key)
+    choice = choose("round_to", x.device, backend, format=format, tensors=(x, out))
+    choice.function(out, x, format, rounding, key)
 
 
 def _check_input(x: object) -> None:
@@ -132,7 +131,9 @@ def _check_out(out: object, x: Tensor, wants_grad: bool) -> None:
             f"round_to: out is {tuple(out.shape)} on {out.device} ({out.layout}); "
             f"it must be as x: {tuple(x.shape)} on {x.device} (torch.strided)"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+    if not out.is_contiguous() and any(
+        stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)
+    ):
         raise OperandError(
             f"round_to: out has stride {out.stride()}: several elements share one place, "
             "as after expand(); pass out.contiguous() or no out"
