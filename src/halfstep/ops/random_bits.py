@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Key", "draw_key", "random_bits"]
+__all__ = ["Key", "bits_of", "draw_key", "random_bits"]
 
 _MASK = 0xFFFFFFFF
 # The multipliers and shifts are the best known for two rounds of xorshift-multiply (C. Wellons,
@@ -51,7 +51,11 @@ def draw_key(generator: torch.Generator | None) -> Key:
 
 def random_bits(key: Key, shape: torch.Size, device: torch.device) -> Tensor:
     """int64 tensor, uniform in [0, 2^32); element i in row-major order has bits(i)."""
-    index = torch.arange(shape.numel(), dtype=torch.int64, device=device).reshape(shape)
+    return bits_of(key, torch.arange(shape.numel(), device=device).reshape(shape))
+
+
+def bits_of(key: Key, index: Tensor) -> Tensor:
+    """bits(i) for each i of an int64 tensor, i >= 0: a counter, two rounds of xor and multiply."""
     h = (index & _MASK) ^ key.low
     h = ((h ^ (h >> 16)) * _FIRST) & _MASK
     h = h ^ (h >> 15) ^ ((key.high + (index >> 32) * _STRIDE) & _MASK)
