@@ -49,23 +49,20 @@ void round_float64(std::uintptr_t x, std::uintptr_t out, std::size_t n, const Gr
                     kernels_in_use().load()->round_float64);
 }
 
-// One pass over all arrays, as if they were one: many small ones need no thread each.
-std::vector<std::size_t> count_nonfinite(const std::vector<std::uintptr_t>& arrays,
-                                         const std::vector<std::size_t>& sizes,
-                                         const std::vector<int>& carriers, int threads) {
+// count(array, begin, end) summed for each array, in one pass over all of them as if they were one:
+// many small ones need no thread each.
+template <class Count>
+std::vector<std::size_t> count_in_arrays(const std::vector<std::size_t>& sizes, int threads,
+                                         const Count& count_range) {
   struct Piece {
     std::size_t array, begin, end;
   };
   std::vector<Piece> pieces;
-  std::vector<std::size_t> counts(arrays.size(), 0);
-  const Kernels* kernels = kernels_in_use();
+  std::vector<std::size_t> counts(sizes.size(), 0);
   const auto count = [&](const Piece& piece) {
-    const Carrier carrier = Carrier(carriers[piece.array]);
-    const std::uintptr_t from = arrays[piece.array] + piece.begin * bytes_of(carrier);
-    return kernels->count_nonfinite(reinterpret_cast<const void*>(from), piece.end - piece.begin,
-                                    carrier);
+    return count_range(piece.array, piece.begin, piece.end);
   };
-  for (std::size_t array = 0; array < arrays.size(); ++array) {
+  for (std::size_t array = 0; array < sizes.size(); ++array) {
     if (sizes[array] < grain) {
       counts[array] = count({array, 0, sizes[array]});
       continue;
@@ -79,6 +76,30 @@ std::vector<std::size_t> count_nonfinite(const std::vector<std::uintptr_t>& arra
   });
   for (std::size_t i = 0; i < pieces.size(); ++i) counts[pieces[i].array] += found[i];
   return counts;
+}
+
+std::vector<std::size_t> count_nonfinite(const std::vector<std::uintptr_t>& arrays,
+                                         const std::vector<std::size_t>& sizes,
+                                         const std::vector<int>& carriers, int threads) {
+  const Kernels* kernels = kernels_in_use();
+  return count_in_arrays(sizes, threads, [&](std::size_t array, std::size_t begin, std::size_t end) {
+    const Carrier carrier = Carrier(carriers[array]);
+    const std::uintptr_t from = arrays[array] + begin * bytes_of(carrier);
+    return kernels->count_nonfinite(reinterpret_cast<const void*>(from), end - begin, carrier);
+  });
+}
+
+std::vector<std::size_t> widen(const std::vector<std::uintptr_t>& arrays,
+                               const std::vector<std::uintptr_t>& outs,
+                               const std::vector<std::size_t>& sizes,
+                               const std::vector<int>& carriers, float scale, int threads) {
+  const Kernels* kernels = kernels_in_use();
+  return count_in_arrays(sizes, threads, [&](std::size_t array, std::size_t begin, std::size_t end) {
+    const Carrier carrier = Carrier(carriers[array]);
+    const std::uintptr_t from = arrays[array] + begin * bytes_of(carrier);
+    float* out = reinterpret_cast<float*>(outs[array]) + begin;
+    return kernels->widen(reinterpret_cast<const void*>(from), out, end - begin, carrier, scale);
+  });
 }
 
 // Blocks of all matrices of the batch, spread over threads. a_starts and b_starts are where each
@@ -150,6 +171,9 @@ NB_MODULE(_core, m) {
 
   m.def("count_nonfinite", &count_nonfinite, nb::arg("arrays"), nb::arg("sizes"),
         nb::arg("carriers"), nb::arg("threads"), released);
+
+  m.def("widen", &widen, nb::arg("arrays"), nb::arg("outs"), nb::arg("sizes"), nb::arg("carriers"),
+        nb::arg("scale"), nb::arg("threads"), released);
 
   m.def("dot_accumulate", &dot_accumulate, nb::arg("a"), nb::arg("a_starts"), nb::arg("a_row"),
         nb::arg("a_column"), nb::arg("b"), nb::arg("b_starts"), nb::arg("b_row"), nb::arg("b_column"), nb::arg("out"),

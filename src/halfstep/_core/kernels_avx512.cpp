@@ -4,6 +4,7 @@
 #include "count.hpp"
 #include "dot_avx512.hpp"
 #include "round.hpp"
+#include "widen.hpp"
 
 namespace halfstep {
 
@@ -12,6 +13,7 @@ const Kernels avx512_kernels = {
     round_to<Avx512Lanes>,
     round_to<Portable64>,
     count_nonfinite,
+    widen,
     dot_avx512,
 };
 

@@ -3,6 +3,7 @@
 #include "count.hpp"
 #include "dot_portable.hpp"
 #include "round.hpp"
+#include "widen.hpp"
 
 namespace halfstep {
 
@@ -11,6 +12,7 @@ const Kernels portable_kernels = {
     round_to<Portable32>,
     round_to<Portable64>,
     count_nonfinite,
+    widen,
     dot_portable,
 };
 

@@ -115,6 +115,22 @@ TABLE = (
         refuses=_refuses_nothing,
         covers="every dtype and layout",
     ),
+    Row(
+        op="unscale",
+        device="cpu",
+        backend=Backend.NATIVE,
+        function=native.unscale,
+        refuses=native.refuses_count,
+        covers="dense float16 and bfloat16; the rest it passes to the reference",
+    ),
+    Row(
+        op="unscale",
+        device="any",
+        backend=Backend.REFERENCE,
+        function=reference.unscale,
+        refuses=_refuses_nothing,
+        covers="every floating-point dtype",
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""Counting what is not finite: what the loss scale asks after every backward."""
+"""What the loss scale asks after every backward: gradients as FP32 over the scale, and are they finite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from halfstep.errors import OperandError
 from halfstep.ops.backends import Backend, choose
 
-__all__ = ["count_nonfinite"]
+__all__ = ["count_nonfinite", "unscale"]
 
 
 def count_nonfinite(
@@ -40,6 +40,23 @@ def count_nonfinite(
         device = dense[0].device
         choice = choose("count_nonfinite", device, Backend.parse(backend), tensors=dense)
         return choice.function(dense)
+
+
+def unscale(
+    tensors: Sequence[Tensor], scale: float, *, backend: Backend | str = Backend.AUTO
+) -> tuple[list[Tensor], list[int]]:
+    """Each tensor as a new FP32 tensor over ``scale``, and how many of its elements are not finite.
+
+    The count is of the elements as given; NaN and infinity stay what they are. A division by a power
+    of two is exact but for subnormal results, which round to nearest. Cast, division and count are one
+    pass over memory on the CPU. Dense floating-point tensors of one device, at least one of them.
+
+    >>> unscale([torch.tensor([3.0, torch.inf], dtype=torch.float16)], 2.0)
+    ([tensor([1.5000,    inf])], [1])
+    """
+    device = tensors[0].device
+    choice = choose("unscale", device, Backend.parse(backend), tensors=tensors)
+    return choice.function(tensors, scale)
 
 
 def _values(tensor: Tensor) -> Tensor:

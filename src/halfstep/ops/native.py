@@ -37,6 +37,7 @@ __all__ = [
     "refuses_count",
     "refuses_round",
     "round_into",
+    "unscale",
 ]
 
 # Types whose elements lie in memory as their strides say.
@@ -190,6 +191,48 @@ def count_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
         for index, count in zip(others, found, strict=True):
             counts[index] = count
     return counts
+
+
+def unscale(tensors: Sequence[Tensor], scale: float) -> tuple[list[Tensor], list[int]]:
+    """FP32 copies over ``scale``, and counts of what is not finite; see `halfstep.ops.unscale`."""
+    wide: list[Tensor] = []
+    counts = [0] * len(tensors)
+    ours: list[int] = []
+    for index, tensor in enumerate(tensors):
+        takes = (
+            type(tensor) in _PLAIN
+            and tensor.dtype in (torch.float16, torch.bfloat16)
+            and (tensor.is_contiguous() or is_dense(tensor))
+        )
+        if takes:
+            wide.append(torch.empty_like(tensor, dtype=torch.float32))
+            ours.append(index)
+        else:
+            copies, found = reference.unscale([tensor], scale)
+            wide += copies
+            counts[index] = found[0]
+    found = _core.widen(
+        [tensors[i].data_ptr() for i in ours],
+        [wide[i].data_ptr() for i in ours],
+        [tensors[i].numel() for i in ours],
+        [_EXPONENTS[tensors[i].dtype] for i in ours],
+        scale,
+        torch.get_num_threads(),
+    )
+    for index, count in zip(ours, found, strict=True):
+        counts[index] = count
+    return wide, counts
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """True where the elements fill their memory without holes, in any order of the axes."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda a: a[1]):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
 
 
 def _overlaps(out: Tensor, x: Tensor) -> bool:

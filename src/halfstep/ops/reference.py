@@ -14,7 +14,7 @@ from torch import Tensor
 from halfstep.format import Format, Kind, Rounding, overflow
 from halfstep.ops.random_bits import Key, random_bits
 
-__all__ = ["count_nonfinite", "dot_accumulate_into", "round_into"]
+__all__ = ["count_nonfinite", "dot_accumulate_into", "round_into", "unscale"]
 
 
 def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: Key) -> None:
@@ -146,3 +146,9 @@ def count_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
     counts = [(~t.isfinite()).sum() for t in tensors]
     device = counts[0].device
     return torch.stack([count.to(device) for count in counts]).tolist()
+
+
+def unscale(tensors: Sequence[Tensor], scale: float) -> tuple[list[Tensor], list[int]]:
+    """FP32 copies over ``scale``, and counts of what is not finite; see `halfstep.ops.unscale`."""
+    counts = count_nonfinite(tensors)
+    return [t.to(torch.float32, copy=True).div_(scale) for t in tensors], counts

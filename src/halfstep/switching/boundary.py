@@ -15,24 +15,51 @@ and backward cancels all the same, since both doors of one backward read the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from halfstep import ops
+
+_NARROW = (torch.float16, torch.bfloat16)
 
 __all__ = ["BOUNDARY_NODES", "Gate", "enter", "leave", "lower_many"]
 
 
 class Gate:
-    """The loss scale as the boundary sees it: ``scale`` now, and a note of every backward that enters."""
+    """The loss scale as the boundary sees it: ``scale`` now, and notes of what passed.
 
-    __slots__ = ("on_backward", "scale")
+    A gradient is looked at for values that are not finite on its way out, while it is in the cache. The
+    note holds for the optimizer's step as long as ``p.grad`` is that tensor, unchanged.
+    """
+
+    __slots__ = ("_counts", "on_backward", "scale")
 
     def __init__(self, scale: float) -> None:
         self.scale: float = scale
         self.on_backward: Callable[[], None] = _ignore
+        self._counts: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def note(self, masters: Sequence[int], grads: list[Tensor], counts: list[int]) -> None:
+        """Gradients that left for masters with these ids, and how much of each is not finite."""
+        for master, grad, count in zip(masters, grads, counts, strict=True):
+            self._counts[master] = (StorageWeakRef(grad.untyped_storage()), count)
+
+    def count(self, master: Tensor) -> int | None:
+        """How many values of ``master.grad`` are not finite, or None where that must be looked up."""
+        noted, grad = self._counts.get(id(master)), master.grad
+        if noted is None or grad is None or grad.layout is not torch.strided or grad._version:
+            return None
+        # A weak reference to the storage keeps its address from being given to another.
+        return noted[1] if grad.untyped_storage()._cdata == noted[0].cdata else None
+
+    def forget(self) -> None:
+        """Drop the notes: the step that they were made for is over."""
+        self._counts.clear()
 
 
 def _ignore() -> None:
@@ -89,6 +116,7 @@ class _LowerMany(Function):
     ) -> tuple[Tensor, ...]:
         ctx.gate = gate
         ctx.dtypes = tuple(p.dtype for p in masters)
+        ctx.masters = tuple(id(p) for p in masters)
         ctx.set_materialize_grads(False)
         return tuple(
             p.to(dtype) if p.dtype != dtype else p.view_as(p)
@@ -104,21 +132,37 @@ class _LowerMany(Function):
                 for g, dtype in zip(grads, ctx.dtypes, strict=True)
             ]
         else:
-            out = _unscaled(grads, scale, ctx.dtypes)
+            out = _unscaled(ctx.gate, grads, ctx.masters, ctx.dtypes)
         return None, None, *out
 
 
 def _unscaled(
-    grads: tuple[Tensor | None, ...], scale: float, dtypes: tuple[torch.dtype, ...]
+    gate: Gate,
+    grads: tuple[Tensor | None, ...],
+    masters: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
 ) -> list[Tensor | None]:
-    """Each gradient over ``scale`` in its master's dtype: one kernel for all on a GPU, beside the casts."""
-    wide = [
-        None if g is None else (g.to(dtype) if g.dtype != dtype else g.clone())
-        for g, dtype in zip(grads, dtypes, strict=True)
-    ]
-    if scale != 1.0:
-        torch._foreach_div_([g for g in wide if g is not None], scale)  # pyright: ignore
-    return wide
+    """Each gradient over the scale in its master's dtype, a bucket in one go."""
+    out: list[Tensor | None] = [None] * len(grads)
+    narrow: list[int] = []
+    for k, (grad, dtype) in enumerate(zip(grads, dtypes, strict=True)):
+        if grad is None:
+            continue
+        if dtype == torch.float32 and grad.dtype in _NARROW and grad.device.type == "cpu":
+            narrow.append(k)
+        else:
+            copy = gate.scale != 1.0
+            out[k] = grad.to(dtype, copy=copy)
+    if gate.scale != 1.0:
+        wide = [g for g in out if g is not None]
+        if wide:
+            torch._foreach_div_(wide, gate.scale)  # pyright: ignore[reportPrivateImportUsage]
+    if narrow:
+        wide, counts = ops.unscale([grads[k] for k in narrow], gate.scale)  # pyright: ignore[reportArgumentType]
+        gate.note([masters[k] for k in narrow], wide, counts)
+        for k, grad in zip(narrow, wide, strict=True):
+            out[k] = grad
+    return out
 
 
 def enter(x: Tensor, gate: Gate, dtype: torch.dtype) -> Tensor:

@@ -26,6 +26,10 @@ class Owner(Protocol):
         """The parameter's name in the model."""
         ...
 
+    def noted(self, parameter: Tensor) -> int | None:
+        """Values of its gradient that are not finite, where the backward has counted them."""
+        ...
+
     def losses(self) -> list[Tensor]:
         """Roots of the backwards since the last step."""
         ...
@@ -166,7 +170,11 @@ class Guard:
                     "was not applied. Look at the batch, the learning rate, or the model's output"
                 )
         held = [p for p in self.parameters() if p.grad is not None]
-        counts = ops.count_nonfinite([p.grad for p in held])  # pyright: ignore[reportArgumentType]
+        counts = [owner.noted(p) for p in held]
+        unknown = [k for k, count in enumerate(counts) if count is None]
+        found = ops.count_nonfinite([held[k].grad for k in unknown])  # pyright: ignore[reportArgumentType]
+        for k, count in zip(unknown, found, strict=True):
+            counts[k] = count
         nonfinite = {owner.name_of(p): n for p, n in zip(held, counts, strict=True) if n}
         if nonfinite and owner.at_floor():
             raise NonFiniteError(not_finite_at_floor(nonfinite, owner.scale()))

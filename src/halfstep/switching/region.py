@@ -155,11 +155,6 @@ class Region:
             return copy
         if master.dtype not in _LOWERED_FROM:
             return master
-        if not self.lowers_through_boundary:
-            copy = master.to(dtype)
-            self._copies[index] = copy
-            self._remember(copy, master)
-            return copy
         bucket = self.buckets.of(master, dtype)
         copies = lower_many([m for m, _ in bucket], self.gate, tuple(d for _, d in bucket))
         for (m, d), c in zip(bucket, copies, strict=True):

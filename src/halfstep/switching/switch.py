@@ -371,6 +371,10 @@ class Switch:
     def _names(self) -> dict[int, str]:
         return parameter_names(self.model)
 
+    def noted(self, parameter: Tensor) -> int | None:
+        """Values of its gradient that are not finite, where the backward has counted them."""
+        return self._gate.count(parameter)
+
     def losses(self) -> list[Tensor]:
         """Scalar roots of the backwards since the last step."""
         return self._losses
@@ -391,6 +395,7 @@ class Switch:
         self.steps += 1
         self.skipped_steps += not applied
         self._losses.clear()
+        self._gate.forget()
         if self._backwards == self._counted:
             return  # another optimizer's step after the same backward
         if torch._C._current_graph_task_id() != -1:
