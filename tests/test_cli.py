@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -17,9 +18,9 @@ from halfstep import cli
 from halfstep.format import formats
 from halfstep.recipe import recipes
 from halfstep.study.benchmarks import switch as switch_benchmark
-from halfstep.study.benchmarks.harness import Ratio, Row, Sense, Target
+from halfstep.study.benchmarks.harness import Clock, Ratio, Row, Sense, Target
 
-COMMANDS = [["formats"], ["recipes"], ["bench", "switch"]]
+COMMANDS = [["formats"], ["recipes"], ["bench", "switch"], ["bench", "rounding"]]
 
 
 @pytest.fixture
@@ -142,6 +143,10 @@ def test_bench_json_and_record(run, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert err.count("written: ") == 2
     (page,) = tmp_path.glob("*.md")
     assert f"`halfstep bench switch --json --save {tmp_path}`" in page.read_text()
+
+
+def test_clock_names_are_the_clocks():
+    assert list(get_args(get_args(cli.ClockName)[0])) == [clock.value for clock in Clock]
 
 
 def test_interrupt_is_status_130(run, monkeypatch: pytest.MonkeyPatch):

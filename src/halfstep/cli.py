@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -21,7 +21,7 @@ from halfstep.format import Format, formats
 from halfstep.recipe import Recipe, recipes
 
 if TYPE_CHECKING:
-    from halfstep.study.benchmarks.harness import Row
+    from halfstep.study.benchmarks.harness import Machine, Row
 
 __all__ = ["app", "format_record", "main", "recipe_record"]
 
@@ -111,11 +111,20 @@ def list_recipes(
 
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds in which all contestants take turns.")]
 Device = Annotated[str, typer.Option(help="cpu, or a CUDA device such as cuda:0.")]
+# Spelled out, not imported: the enumerations live beside torch, and --help should not load it.
+ClockName = Annotated[
+    Literal["wall", "cpu"],
+    typer.Option(help="wall, or CPU time on one thread for a machine that others keep busy."),
+]
 
 
 @bench.command("switch")
 def bench_switch(
-    device: Device = "cpu", rounds: Rounds = 15, save: SaveTo = None, as_json: AsJson = False
+    device: Device = "cpu",
+    rounds: Rounds = 15,
+    clock: ClockName = "wall",
+    save: SaveTo = None,
+    as_json: AsJson = False,
 ) -> None:
     """Training steps of the switch against hand-written autocast and FP32.
 
@@ -123,9 +132,29 @@ def bench_switch(
 
     Example: halfstep bench switch --rounds 5
     """
+    import torch
+
+    from halfstep.study.benchmarks.harness import Clock, this_machine
     from halfstep.study.benchmarks.switch import rows
 
-    _bench("switch", rows(device=device, rounds=rounds), device, save, as_json)
+    if clock == "cpu":
+        torch.set_num_threads(1)  # threads that wait for each other would count as work
+    measured = rows(device=device, rounds=rounds, clock=Clock(clock))
+    _bench("switch", measured, this_machine(device, Clock(clock)), save, as_json)
+
+
+@bench.command("rounding")
+def bench_rounding(rounds: Rounds = 30, save: SaveTo = None, as_json: AsJson = False) -> None:
+    """Throughput of round_to against copy_ of the same tensors.
+
+    Leaves with status 1 if a target is missed.
+
+    Example: halfstep bench rounding --json
+    """
+    from halfstep.study.benchmarks.harness import this_machine
+    from halfstep.study.benchmarks.rounding import rows
+
+    _bench("rounding", rows(rounds=rounds), this_machine("cpu"), save, as_json)
 
 
 # --- records: one source for tables, JSON and the pages under docs/ ------------------------------
@@ -238,7 +267,9 @@ def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
 _BENCH_WIDTHS = (40, 30, 7, 13, 8, 3)
 
 
-def _bench(theme: str, rows: Iterable[Row], device: str, save: Path | None, as_json: bool) -> None:
+def _bench(
+    theme: str, rows: Iterable[Row], machine: Machine, save: Path | None, as_json: bool
+) -> None:
     from halfstep.study.benchmarks import harness
 
     measured: list[Row] = []
@@ -249,7 +280,6 @@ def _bench(theme: str, rows: Iterable[Row], device: str, save: Path | None, as_j
         measured.append(row)
         if not as_json:
             _print_row(console, row)
-    machine = harness.this_machine(device)
     if as_json:
         _print_json({"machine": machine.as_dict(), "rows": [row.as_dict() for row in measured]})
     if save:

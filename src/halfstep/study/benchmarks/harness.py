@@ -21,6 +21,7 @@ import torch
 import halfstep
 
 __all__ = [
+    "Clock",
     "Machine",
     "Ratio",
     "Row",
@@ -31,6 +32,19 @@ __all__ = [
     "save",
     "this_machine",
 ]
+
+
+class Clock(Enum):
+    """Which time is read."""
+
+    WALL = "wall"
+    """What a user waits."""
+    CPU = "cpu"
+    """What the process computed, on one thread: for a machine that others keep busy."""
+
+    def read(self) -> float:
+        """Seconds since some fixed moment."""
+        return time.perf_counter() if self is Clock.WALL else time.process_time()
 
 
 class Sense(Enum):
@@ -103,6 +117,7 @@ class Machine:
     processor: str
     cores: int
     threads: int
+    clock: str
     memory_gib: int
     device: str
     python: str
@@ -122,7 +137,7 @@ def interleave(
     warmup: int = 2,
     limits: Mapping[str, int] | None = None,
     synchronize: Callable[[], None] = lambda: None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = Clock.WALL.read,
 ) -> dict[str, list[float]]:
     """Seconds of each contestant in each round, all taking turns so that noise falls on all alike.
 
@@ -160,13 +175,14 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
     return Ratio(median=statistics.median(quotients), low=low, high=high, rounds=len(quotients))
 
 
-def this_machine(device: str) -> Machine:
-    """The machine this process runs on."""
+def this_machine(device: str, clock: Clock = Clock.WALL) -> Machine:
+    """The machine this process runs on, and how time was taken."""
     cuda = torch.device(device).type == "cuda"
     return Machine(
         processor=_processor(),
         cores=len(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
+        clock=clock.value,
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         device=torch.cuda.get_device_name(device) if cuda else "cpu",
         python=platform.python_version(),

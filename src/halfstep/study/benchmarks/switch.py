@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import halfstep
-from halfstep.study.benchmarks.harness import Ratio, Row, Sense, Target, interleave, ratio
+from halfstep.study.benchmarks.harness import Clock, Ratio, Row, Sense, Target, interleave, ratio
 from halfstep.study.benchmarks.models import WORKLOADS, Workload, small_layers
 
 __all__ = ["rows"]
@@ -59,14 +59,14 @@ class Comparison:
         )
 
 
-def rows(*, device: str = "cpu", rounds: int = 15) -> Iterator[Row]:
+def rows(*, device: str = "cpu", rounds: int = 15, clock: Clock = Clock.WALL) -> Iterator[Row]:
     """The rows of the table, each as soon as it is measured."""
     cuda = torch.device(device).type == "cuda"
     ratios: dict[str, list[Ratio]] = {}
     for build in WORKLOADS:
         workload = build()
         comparisons = _on_cuda() if cuda else _on_cpu(workload.name)
-        seconds = _race(workload, comparisons, device=device, rounds=rounds)
+        seconds = _race(workload, comparisons, device=device, rounds=rounds, clock=clock)
         for comparison in comparisons:
             row = comparison.row(workload, seconds)
             if comparison.target is _NEARLY_EQUAL:
@@ -86,7 +86,7 @@ def rows(*, device: str = "cpu", rounds: int = 15) -> Iterator[Row]:
     target = Target(sense=Sense.AT_MOST, bound=1.2)
     comparison = Comparison(case=SWITCH_BF16, against=AUTOCAST_BF16, target=target)
     # Steps of milliseconds: many rounds cost nothing.
-    seconds = _race(workload, (comparison,), device=device, rounds=10 * rounds)
+    seconds = _race(workload, (comparison,), device=device, rounds=10 * rounds, clock=clock)
     yield comparison.row(workload, seconds)
 
 
@@ -114,7 +114,12 @@ def _on_cuda() -> tuple[Comparison, ...]:
 
 
 def _race(
-    workload: Workload, comparisons: Sequence[Comparison], *, device: str, rounds: int
+    workload: Workload,
+    comparisons: Sequence[Comparison],
+    *,
+    device: str,
+    rounds: int,
+    clock: Clock,
 ) -> dict[str, list[float]]:
     cuda = torch.device(device).type == "cuda"
     names = dict.fromkeys(name for it in comparisons for name in (it.case, it.against))
@@ -123,6 +128,7 @@ def _race(
         rounds=rounds,
         limits={} if cuda else {AUTOCAST_FP16: _SLOW_ROUNDS},
         synchronize=torch.cuda.synchronize if cuda else _nothing,
+        clock=clock.read,
     )
 
 
