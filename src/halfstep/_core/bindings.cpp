@@ -24,29 +24,17 @@ constexpr std::size_t grain = std::size_t(1) << 16;
 constexpr std::size_t stream_from = std::size_t(1) << 22;
 constexpr double dot_small = 1 << 19;  // multiply-adds that are not worth a thread
 
-template <class Number, class Kernel>
-void round_all(std::uintptr_t x, std::uintptr_t out, std::size_t n, const Grid& grid, int rounding,
-               Key key, int threads, Kernel kernel) {
-  const auto* from = reinterpret_cast<const Number*>(x);
-  auto* to = reinterpret_cast<Number*>(out);
-  const bool stream = x != out && n * sizeof(Number) >= stream_from;
-  // Pieces end at multiples of the grain, which divides 2^32: no vector crosses a block of random
-  // bits.
+void round_to(std::uintptr_t x, int x_carrier, std::uintptr_t out, int out_carrier, std::size_t n,
+              const Grid& grid, int rounding, std::uint32_t key_low, std::uint32_t key_high,
+              int threads) {
+  const RoundArrays arrays{reinterpret_cast<const void*>(x), Carrier(x_carrier),
+                           reinterpret_cast<void*>(out), Carrier(out_carrier)};
+  const bool stream = x != out && n * bytes_of(arrays.out_carrier) >= stream_from;
+  const Kernels* kernels = kernels_in_use();
+  // The grain divides 2^32: no vector crosses a block of random bits.
   parallel_for(n, grain, threads, [&](std::size_t begin, std::size_t end) {
-    kernel(from, to, begin, end, grid, Rounding(rounding), key, stream);
+    kernels->round_to(arrays, begin, end, grid, Rounding(rounding), Key{key_low, key_high}, stream);
   });
-}
-
-void round_float32(std::uintptr_t x, std::uintptr_t out, std::size_t n, const Grid& grid,
-                   int rounding, std::uint32_t key_low, std::uint32_t key_high, int threads) {
-  round_all<float>(x, out, n, grid, rounding, Key{key_low, key_high}, threads,
-                   kernels_in_use().load()->round_float32);
-}
-
-void round_float64(std::uintptr_t x, std::uintptr_t out, std::size_t n, const Grid& grid,
-                   int rounding, std::uint32_t key_low, std::uint32_t key_high, int threads) {
-  round_all<double>(x, out, n, grid, rounding, Key{key_low, key_high}, threads,
-                    kernels_in_use().load()->round_float64);
 }
 
 // count(array, begin, end) summed for each array, in one pass over all of them as if they were one:
@@ -162,13 +150,9 @@ NB_MODULE(_core, m) {
           nb::arg("infinity_up"), nb::arg("infinity_down"), nb::arg("negative_zero"));
 
   const auto released = nb::call_guard<nb::gil_scoped_release>();
-  m.def("round_float32", &round_float32, nb::arg("x"), nb::arg("out"), nb::arg("n"),
-        nb::arg("grid"), nb::arg("rounding"), nb::arg("key_low"), nb::arg("key_high"),
-        nb::arg("threads"), released);
-  m.def("round_float64", &round_float64, nb::arg("x"), nb::arg("out"), nb::arg("n"),
-        nb::arg("grid"), nb::arg("rounding"), nb::arg("key_low"), nb::arg("key_high"),
-        nb::arg("threads"), released);
-
+  m.def("round_to", &round_to, nb::arg("x"), nb::arg("x_carrier"), nb::arg("out"),
+        nb::arg("out_carrier"), nb::arg("n"), nb::arg("grid"), nb::arg("rounding"),
+        nb::arg("key_low"), nb::arg("key_high"), nb::arg("threads"), released);
   m.def("count_nonfinite", &count_nonfinite, nb::arg("arrays"), nb::arg("sizes"),
         nb::arg("carriers"), nb::arg("threads"), released);
 

@@ -10,8 +10,7 @@ namespace halfstep {
 
 const Kernels avx2_kernels = {
     "avx2",
-    round_to<Avx2Lanes>,
-    round_to<Portable64>,
+    round_arrays<Avx2Lanes>,
     count_nonfinite,
     widen,
     dot_portable,

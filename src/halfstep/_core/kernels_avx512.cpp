@@ -10,8 +10,7 @@ namespace halfstep {
 
 const Kernels avx512_kernels = {
     "avx512",
-    round_to<Avx512Lanes>,
-    round_to<Portable64>,
+    round_arrays<Avx512Lanes>,
     count_nonfinite,
     widen,
     dot_avx512,

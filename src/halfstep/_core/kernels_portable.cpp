@@ -9,8 +9,7 @@ namespace halfstep {
 
 const Kernels portable_kernels = {
     "portable",
-    round_to<Portable32>,
-    round_to<Portable64>,
+    round_arrays<Portable32>,
     count_nonfinite,
     widen,
     dot_portable,

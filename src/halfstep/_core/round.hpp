@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "carriers.hpp"
+#include "lanes_portable.hpp"
 #include "random.hpp"
 #include "types.hpp"
 
@@ -205,6 +207,19 @@ void round_to(const typename L::number* x, typename L::number* out, std::size_t 
     case Rounding::down: return run(round_range<L, Rounding::down>);
     case Rounding::away: return run(round_range<L, Rounding::away>);
   }
+}
+
+template <class L>
+void round_arrays(const RoundArrays& arrays, std::size_t begin, std::size_t end, const Grid& grid,
+                  Rounding rounding, Key key, bool stream) {
+  const auto [x, from, out, to] = arrays;
+  if (from == Carrier::float64)
+    return round_to<Portable64>(static_cast<const double*>(x), static_cast<double*>(out), begin,
+                                end, grid, rounding, key, stream);
+  if (from == Carrier::float32 && to == Carrier::float32)
+    return round_to<L>(static_cast<const float*>(x), static_cast<float*>(out), begin, end, grid,
+                       rounding, key, stream);
+  round_through_float32(x, from, out, to, begin, end, grid, rounding, key, round_to<L>);
 }
 
 }  // namespace

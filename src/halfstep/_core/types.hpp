@@ -50,14 +50,20 @@ constexpr std::size_t dot_rows = 48;          // the most of one block
 constexpr std::size_t dot_columns = 32;       // the most of one block
 constexpr std::size_t dot_panel_depth = 512;  // of the scratch space, which has dot_columns too
 
+// x is float64 and so is out, or none of them is.
+struct RoundArrays {
+  const void* x;
+  Carrier x_carrier;
+  void* out;
+  Carrier out_carrier;
+};
+
 // One kernel set for each instruction set; elements [begin, end) of the arrays are done. Element
 // i of a stochastic rounding uses random bits i. `stream`: write past the caches.
 struct Kernels {
   const char* name;
-  void (*round_float32)(const float* x, float* out, std::size_t begin, std::size_t end,
-                        const Grid& grid, Rounding rounding, Key key, bool stream);
-  void (*round_float64)(const double* x, double* out, std::size_t begin, std::size_t end,
-                        const Grid& grid, Rounding rounding, Key key, bool stream);
+  void (*round_to)(const RoundArrays& arrays, std::size_t begin, std::size_t end, const Grid& grid,
+                   Rounding rounding, Key key, bool stream);
   std::size_t (*count_nonfinite)(const void* x, std::size_t n, Carrier carrier);
   std::size_t (*widen)(const void* x, float* out, std::size_t n, Carrier carrier, float scale);
   void (*dot_accumulate)(const DotBlock& block, const Grid& grid, float* panel);

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from halfstep.format import Format, Kind, Rounding, overflow
 from halfstep.ops import reference
@@ -43,8 +44,16 @@ __all__ = [
 # Types whose elements lie in memory as their strides say.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
-# dtype -> the layout of its exponent, as in _core/count.hpp
-_EXPONENTS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+# as in _core/types.hpp
+_CARRIERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+# dtype -> the one that its numbers are rounded in
+_WIDE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
 
 _CODES = {
     Rounding.NEAREST: 0,
@@ -82,17 +91,17 @@ def refuses_round(format: Format | None, tensors: Sequence[Tensor]) -> str:
     for tensor in tensors:
         if type(tensor) not in _PLAIN:
             return f"a {type(tensor).__name__} may have no memory of its own"
+        if is_functorch_wrapped_tensor(tensor):
+            return "a tensor inside a torch.func transform has no memory of its own"
     return ""
 
 
 def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: Key) -> None:
     """Writes to ``out`` every element of ``x``, rounded once to the format.
 
-    See `halfstep.round_to`. 16-bit tensors are widened to float32, which is exact, and so is
-    narrowing the result, because ``out`` holds every number of the format.
+    See `halfstep.round_to`.
     """
-    carrier = torch.float64 if x.dtype is torch.float64 else torch.float32
-    source = x.detach().to(carrier).resolve_neg()
+    source = x.detach().resolve_neg()
     target = out
     if rounding is not Rounding.STOCHASTIC and not source.is_contiguous():
         # element by element, whatever their order: walk a transposed tensor as it lies
@@ -101,18 +110,19 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
     source = source.contiguous()
     direct = (
         target.is_contiguous()
-        and target.dtype is carrier
+        and (source.dtype is torch.float64) is (target.dtype is torch.float64)
         and not target.is_neg()
         and not _overlaps(target, source)
     )
-    rounded = target if direct else torch.empty_like(source)
+    rounded = target if direct else torch.empty_like(source, dtype=_WIDE[source.dtype])
     if source.numel():
-        function = _core.round_float64 if carrier is torch.float64 else _core.round_float32
-        function(
+        _core.round_to(
             source.data_ptr(),
+            _CARRIERS[source.dtype],
             rounded.data_ptr(),
+            _CARRIERS[rounded.dtype],
             source.numel(),
-            _grid(format, rounding, carrier),
+            _grid(format, rounding, _WIDE[source.dtype]),
             _CODES[rounding],
             key.low,
             key.high,
@@ -174,14 +184,14 @@ def count_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
         takes = (
             type(tensor) in _PLAIN
             and tensor.device.type == "cpu"
-            and tensor.dtype in _EXPONENTS
+            and tensor.dtype in _CARRIERS
             and tensor.is_contiguous()
         )
         (ours if takes else others).append(index)
     found = _core.count_nonfinite(
         [tensors[i].data_ptr() for i in ours],
         [tensors[i].numel() for i in ours],
-        [_EXPONENTS[tensors[i].dtype] for i in ours],
+        [_CARRIERS[tensors[i].dtype] for i in ours],
         torch.get_num_threads(),
     )
     for index, count in zip(ours, found, strict=True):
@@ -215,7 +225,7 @@ def unscale(tensors: Sequence[Tensor], scale: float) -> tuple[list[Tensor], list
         [tensors[i].data_ptr() for i in ours],
         [wide[i].data_ptr() for i in ours],
         [tensors[i].numel() for i in ours],
-        [_EXPONENTS[tensors[i].dtype] for i in ours],
+        [_CARRIERS[tensors[i].dtype] for i in ours],
         scale,
         torch.get_num_threads(),
     )
@@ -237,9 +247,8 @@ def is_dense(tensor: Tensor) -> bool:
 
 def _overlaps(out: Tensor, x: Tensor) -> bool:
     """True if writing ``out`` could change an element of ``x`` other than the one just read."""
-    return (
-        out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-        and out.data_ptr() != x.data_ptr()
+    return out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() and (
+        out.data_ptr() != x.data_ptr() or out.dtype is not x.dtype
     )
 
 

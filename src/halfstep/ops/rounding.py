@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from halfstep.errors import OperandError
 from halfstep.format import Format, Kind, Rounding
@@ -54,7 +55,8 @@ def round_to(
     - binary: -1 below 0, else 1; only nearest and stochastic.
     - e8m0: negative numbers become NaN, zero the smallest number.
 
-    Gradient: straight through, that is, the gradient of the result is passed on to ``x`` unchanged.
+    Gradient: straight through, that is, the gradient of the result is passed on to ``x`` unchanged;
+    `torch.func` transforms work, too.
     ``backend`` is for tests: auto | reference | native; see `halfstep.ops.explain`.
 
     Raises `UnknownNameError` for an unknown format, rounding or backend; `OperandError` for a
@@ -74,7 +76,7 @@ def round_to(
             f"round_to: binary has no rounding {rounding.value!r}; allowed: nearest, stochastic"
         )
     key = draw_key(generator) if rounding is Rounding.STOCHASTIC else _NO_KEY
-    wants_grad = torch.is_grad_enabled() and x.requires_grad
+    wants_grad = (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0
     if out is not None:
         _check_out(out, x, wants_grad)
         _check_holds(out.dtype, format, "out")
@@ -86,13 +88,23 @@ def round_to(
 
 
 class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+    def forward(x: Tensor, *arguments: Any) -> Tensor:
         return _rounded(x, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0], None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].clone()
 
 
 def _rounded(x: Tensor, format: Format, rounding: Rounding, key: Key, backend: Backend) -> Tensor:
