@@ -30,6 +30,9 @@ _NARROW = (torch.float16, torch.bfloat16)
 __all__ = ["BOUNDARY_NODES", "Gate", "enter", "leave", "lower_many"]
 
 
+_NARROW = (torch.float16, torch.bfloat16)
+
+
 class Gate:
     """The loss scale as the boundary sees it: ``scale`` now, and notes of what passed.
 
@@ -66,11 +69,16 @@ def _ignore() -> None:
     return None
 
 
+def _wide(x: Tensor) -> Tensor:
+    """``x`` as it is scaled: 16-bit numbers in FP32; FP32, FP64 and complex ones as they are."""
+    return x.to(torch.float32) if x.dtype in _NARROW else x
+
+
 class _Enter(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Gate, factor: float, dtype: torch.dtype) -> Tensor:
         ctx.gate, ctx.factor, ctx.dtype = gate, factor, x.dtype
-        y = x.to(torch.float32).mul(factor) if factor != 1.0 else x
+        y = _wide(x).mul(factor) if factor != 1.0 else x
         return y.to(dtype) if y.dtype != dtype else (y.clone() if y is x else y)
 
     @staticmethod

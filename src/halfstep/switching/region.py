@@ -27,7 +27,6 @@ __all__ = ["LazyParameters", "Region", "current", "keeps_fp32", "reopening"]
 Audit = Callable[[Any, "Region", Any], None]
 
 _local = threading.local()
-_LOWERED_FROM = (torch.float32, torch.float64)
 # Elements that share one graph node: a node a parameter would cost more than the cast of a small one.
 _BUCKET = 1 << 21
 
@@ -130,7 +129,7 @@ class Region:
         self._low = plan.low
         self._autocast_device = plan.device
         self._copies: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._frozen_copies: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._frozen_copies: dict[tuple[int, torch.dtype, bool], Tensor] = {}
         self._masters: dict[int, tuple[Tensor, Tensor, int]] = {}
         self.thread = threading.get_ident()
         self.first_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
@@ -139,22 +138,24 @@ class Region:
     def lower(self, master: Tensor, owner: LazyParameters, key: str) -> Tensor:
         """The working copy of ``master``; the same one for every reader in this region."""
         dtype = self._low
-        if key in owner.fp32 or not torch.is_autocast_enabled(self._autocast_device):
+        if master.dtype != torch.float32:
+            dtype = master.dtype  # FP64 and complex ones go their own way, as in torch.autocast
+        elif key in owner.fp32 or not torch.is_autocast_enabled(self._autocast_device):
             dtype = torch.float32  # an FP32 operation's parameter, or an FP32 island of the user's
         index = (id(master), dtype)
         copy = self._copies.get(index)
         if copy is not None:
             return copy
         if not (torch.is_grad_enabled() and master.requires_grad):
-            # Made without a graph: never to be handed to a reader that wants a gradient.
-            copy = self._frozen_copies.get(index)
+            # Made without a graph: never to be handed to a reader that wants a gradient; and one made
+            # in inference mode never to a reader outside of it.
+            kind = (*index, torch.is_inference_mode_enabled())
+            copy = self._frozen_copies.get(kind)
             if copy is None:
-                copy = master.to(dtype) if master.dtype in _LOWERED_FROM else master
-                self._frozen_copies[index] = copy
+                copy = master.to(dtype)
+                self._frozen_copies[kind] = copy
                 self._remember(copy, master)
             return copy
-        if master.dtype not in _LOWERED_FROM:
-            return master
         bucket = self.buckets.of(master, dtype)
         copies = lower_many([m for m, _ in bucket], self.gate, tuple(d for _, d in bucket))
         for (m, d), c in zip(bucket, copies, strict=True):
@@ -164,7 +165,7 @@ class Region:
 
     def _remember(self, copy: Tensor, master: Tensor) -> None:
         if copy is not master:
-            self._masters[id(copy)] = (copy, master, copy._version)
+            self._masters[id(copy)] = (copy, master, _version(copy))
 
     def master_of(self, tensor: Tensor) -> Tensor:
         """The master whose working copy ``tensor`` is, or ``tensor`` itself."""
@@ -174,7 +175,7 @@ class Region:
     def changed_copy(self) -> Tensor | None:
         """The master of a working copy that was written to in place, or None."""
         for copy, master, version in self._masters.values():
-            if copy._version != version:
+            if _version(copy) != version:
                 return master
         return None
 
@@ -204,6 +205,11 @@ class Region:
         return Region(self.plan, self.gate, self.lowers_through_boundary, _SINGLES, self.audit)
 
 
+def _version(t: Tensor) -> int:
+    """How often ``t`` was written to in place; tensors made in inference mode do not count it."""
+    return 0 if t.is_inference() else t._version
+
+
 class Buckets:
     """Parameters in groups that are lowered together, in the order of ``parameters()``.
 
@@ -218,7 +224,7 @@ class Buckets:
         bucket: list[tuple[Tensor, torch.dtype]] = []
         size = 0
         for master, dtype in masters:
-            if master.dtype not in _LOWERED_FROM:
+            if master.dtype != torch.float32:
                 continue
             if size + master.numel() > _BUCKET and bucket:
                 bucket, size = [], 0

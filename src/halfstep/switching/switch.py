@@ -243,8 +243,7 @@ class Switch:
         changed = self._readopt(module)
         audit = functools.partial(self._audit, module)
         region = Region(self.plan, self._gate, self._scaled, self._buckets, audit)
-        grad = torch.is_grad_enabled()
-        args, kwargs = map_tensors((args, kwargs), self._entering(grad))
+        args, kwargs = map_tensors((args, kwargs), self._enter)
         try:
             with (
                 region.opened(),
@@ -254,7 +253,7 @@ class Switch:
             check_unwritten(region, self.name_of)
         finally:
             region.clear()
-        if grad and self._scaled:
+        if self._scaled and (torch.is_grad_enabled() or _has_graph(out)):
             self._inside.add(region.first_node, region.last_node or region.first_node)
             schedule = self._schedules.setdefault(id(module), Schedule())
             if changed:
@@ -271,25 +270,20 @@ class Switch:
                 "call switch.off(), move it, and switch it again"
             )
 
-    def _entering(self, grad: bool) -> Callable[[Tensor], Tensor]:
-        low = self.plan.low
+    def _enter(self, t: Tensor) -> Tensor:
         everything = self.plan.narrow_writes or not self.plan.wide_operations
-
-        def change(t: Tensor) -> Tensor:
-            dtype = low if everything and t.dtype == torch.float32 else t.dtype
-            if grad and t.requires_grad and t.is_floating_point() and self._scaled:
+        dtype = self.plan.low if everything and t.dtype == torch.float32 else t.dtype
+        if self._scaled and t.requires_grad and not torch.is_inference_mode_enabled():
+            with torch.enable_grad():  # under no_grad too: forward may enable it again
                 return enter(t, self._gate, dtype)
-            return t.to(dtype)
-
-        return change
+        return t.to(dtype)
 
     def _leave(self, t: Tensor, region: Region) -> Tensor:
-        if not t.is_floating_point():
-            return t
         dtype = torch.float32 if t.dtype in _NARROW else t.dtype
-        if self._scaled and t.requires_grad and t.grad_fn is not None and torch.is_grad_enabled():
-            return leave(t, region.gate, dtype)
-        return t.to(dtype)
+        if t.grad_fn is None or torch.is_inference_mode_enabled():
+            return t.to(dtype)
+        with torch.enable_grad():
+            return leave(t, region.gate, dtype) if self._scaled else t.to(dtype)
 
     def _audit(self, module: nn.Module, out: Any, region: Region, given: Any) -> None:
         names = self._names()
@@ -421,6 +415,10 @@ class Switch:
             for p in parameters:
                 if id(p) in own and p.dtype == torch.float32:
                     p.copy_(p.half())
+
+
+def _has_graph(value: Any) -> bool:
+    return any(t.grad_fn is not None for t in tensors_in(value))
 
 
 def _device(model: nn.Module, recipe: Recipe) -> str:
