@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -61,19 +60,12 @@ class _Call:
         finally:
             module.__dict__.update(kept)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self.module))
-        return _plain_call(copied) if copied is not None else self.inner
-
     def __reduce__(self) -> Any:
-        return _plain_call, (self.module,)
+        # What a copied or unpickled module gets: its own class's method. The file names no halfstep.
+        return getattr, (self.module, "_call_impl")
 
 
 _FLAT = ("_flat_weights", "_flat_weight_refs")
-
-
-def _plain_call(module: nn.Module) -> Any:
-    return types.MethodType(type(module)._call_impl, module)
 
 
 def adopt(root: nn.Module, runner: Runner) -> list[nn.Module]:
