@@ -8,16 +8,33 @@ change of the module tree, and then on calls 2, 4, 8, 16 ...
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from halfstep.errors import ScaledGradientError
 from halfstep.switching.boundary import BOUNDARY_NODES
 
 __all__ = ["Intervals", "Schedule", "check_forward", "check_roots"]
+
+
+def _references(node: Any) -> int:
+    """References to the leaf of ``node``, an AccumulateGrad, counted alike wherever it is asked."""
+    return sys.getrefcount(node.variable)
+
+
+def _held_by_the_graph_only() -> int:
+    """What `_references` says of a leaf that no one else holds."""
+    product = torch.ones(1).requires_grad_() * 2
+    node: Any = product.grad_fn
+    return _references(node.next_functions[0][0])
+
+
+_GRAPH_ONLY = _held_by_the_graph_only()
 
 
 class Schedule:
@@ -87,6 +104,12 @@ def check_forward(
         if leaf is not None:
             if id(leaf) in known:
                 continue
+            kind = type(leaf)
+            del leaf
+            # Made inside forward and held by nothing but the graph: no one can see its gradient.
+            if kind is Tensor and _references(node) <= _GRAPH_ONLY:
+                continue
+            leaf = getattr(node, "variable")  # noqa: B009 - no attribute to the type checker
             raise ScaledGradientError(
                 f"{where}: forward used {describe(leaf)} past the boundary of the region, so its "
                 "gradient would leave multiplied by the loss scale. Make it a parameter of a module that "
