@@ -1,0 +1,72 @@
+"""A recipe put on a model for the length of a run; FP32 is plain PyTorch, with no switch at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import halfstep
+
+__all__ = ["Report", "Switched", "sixteen_bit_weights", "switched", "working_bytes"]
+
+
+class Report(Protocol):
+    """What became of an optimizer step."""
+
+    @property
+    def applied(self) -> bool:
+        """Whether the weights were updated."""
+        ...
+
+    @property
+    def loss_scale(self) -> float:
+        """What the gradients inside the region are multiplied by."""
+        ...
+
+
+class Switched(Protocol):
+    """What a run needs to know of the switch it is under."""
+
+    @property
+    def last_step(self) -> Report:
+        """The last optimizer step."""
+        ...
+
+
+class _PlainStep:
+    applied = True
+    loss_scale = 1.0
+
+
+class _Plain:
+    last_step = _PlainStep()
+
+
+@contextmanager
+def switched(model: nn.Module, optimizer: Optimizer, recipe: str) -> Iterator[Switched]:
+    """``model`` and ``optimizer`` under ``recipe`` inside the block, as they were after it."""
+    if recipe == "fp32":
+        yield _Plain()
+        return
+    switch = halfstep.switch(model, optimizer, recipe=recipe)
+    try:
+        yield switch
+    finally:
+        switch.off()
+
+
+def working_bytes(model: nn.Module, recipe: str) -> int:
+    """Bytes of the 16-bit copies of the weights that the forward reads beside FP32 masters."""
+    if recipe == "fp32":
+        return 0
+    return sum(2 * p.numel() for p in model.parameters() if p.dtype == torch.float32)
+
+
+def sixteen_bit_weights(recipe: str) -> bool:
+    """Whether the weights the optimizer updates are themselves 16-bit under ``recipe``."""
+    return recipe in {"fp16-naive", "fp16-nomaster"}

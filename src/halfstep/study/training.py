@@ -1,0 +1,260 @@
+"""The training loop: ordinary PyTorch, under any recipe, with a probe looking on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import Optimizer
+
+from halfstep.diagnosis.footprint import measure_footprint
+from halfstep.diagnosis.probe import Probe
+from halfstep.errors import NonFiniteError
+from halfstep.study.corpus import Corpus, Sentence
+from halfstep.study.recognizer import Recognizer, RecognizerShape, best_path, encode, error_rate
+from halfstep.study.runs import Example, Experiment, Outcome, Point, Run
+from halfstep.study.switched import switched, working_bytes
+
+__all__ = ["Batch", "Loop", "Plan", "batches", "evaluate", "train_recognizer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Hyper-parameters, chosen for FP32 on the development part and kept for every recipe.
+
+    ``join`` is the chance that a sentence is followed by another in the same example; ``masks``
+    bands and stretches of time are blanked in each; ``noise`` is the deviation of what is added
+    to normalised features; ``points`` of the learning curve are taken over the run.
+    """
+
+    steps: int
+    batch: int = 16
+    rate: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    warm_up: float = 0.1
+    clip: float = 5.0
+    join: float = 0.3
+    masks: int = 2
+    noise: float = 0.1
+    channels: int = 160
+    stride: int = 3
+    dropout: float = 0.2
+    points: int = 8
+    probe_every: int = 25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Features float32 (batch, frames, bands), their lengths, and the texts as one row of classes."""
+
+    features: Tensor
+    lengths: Tensor
+    targets: Tensor
+    target_lengths: Tensor
+
+
+def batches(corpus: Corpus, plan: Plan, seed: int) -> Iterator[Batch]:
+    """Batches without end, the same for the same seed: sentences of like length together, altered at random."""
+    choose = random.Random(seed)
+    noise = torch.Generator().manual_seed(seed)
+    while True:
+        sentences = list(corpus.train)
+        choose.shuffle(sentences)
+        examples = []
+        while sentences:
+            first = sentences.pop()
+            features, text = choose.choice(first.versions), first.text
+            while sentences and choose.random() < plan.join and len(features) < 400:
+                following = sentences.pop()
+                features = torch.cat([features, choose.choice(following.versions)])
+                text = (
+                    f"{text} {following.text}" if " " in corpus.alphabet else text + following.text
+                )
+            examples.append((features, text))
+        examples.sort(key=lambda example: len(example[0]) * choose.uniform(0.9, 1.1))
+        groups = [examples[i : i + plan.batch] for i in range(0, len(examples), plan.batch)]
+        choose.shuffle(groups)
+        for group in groups:
+            altered = [_altered(features, plan, choose, noise) for features, _ in group]
+            yield _collate(altered, [text for _, text in group], corpus.alphabet)
+
+
+def _altered(features: Tensor, plan: Plan, choose: random.Random, noise: torch.Generator) -> Tensor:
+    """``features`` louder or softer, with noise, with bands and stretches of time blanked."""
+    frames, bands = features.shape
+    gain = 0.3 * torch.randn(1, generator=noise)
+    altered = features + gain + plan.noise * torch.randn(features.shape, generator=noise)
+    for _ in range(plan.masks):
+        width = choose.randint(0, bands // 6)
+        start = choose.randint(0, bands - width)
+        altered[:, start : start + width] = 0
+    for _ in range(min(plan.masks, 1) * max(1, frames // 100)):
+        width = choose.randint(0, min(20, frames // 6))
+        start = choose.randint(0, frames - width)
+        altered[start : start + width] = 0
+    return altered
+
+
+def _collate(features: Sequence[Tensor], texts: Sequence[str], alphabet: str) -> Batch:
+    return Batch(
+        features=pad_sequence(list(features), batch_first=True),
+        lengths=torch.tensor([len(one) for one in features]),
+        targets=torch.cat([encode(text, alphabet) for text in texts]),
+        target_lengths=torch.tensor([len(text) for text in texts]),
+    )
+
+
+def evaluate(
+    model: Recognizer, sentences: Sequence[Sentence], alphabet: str
+) -> tuple[float, list[Example]]:
+    """Character error rate in percent over ``sentences``, and what was read, in their order."""
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i].versions[0]))
+    texts = [""] * len(sentences)
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(order), 32):
+            chosen = order[start : start + 32]
+            features = [sentences[i].versions[0] for i in chosen]
+            scores = model(pad_sequence(features, batch_first=True)).float()
+            steps = model.steps(torch.tensor([len(one) for one in features]))
+            for i, row, count in zip(chosen, scores, steps.tolist(), strict=True):
+                texts[i] = best_path(row[:count], alphabet)
+    model.train()
+    examples = [
+        Example(reference=sentence.text, recognised=text)
+        for sentence, text in zip(sentences, texts, strict=True)
+    ]
+    return error_rate([e.reference for e in examples], [e.recognised for e in examples]), examples
+
+
+class Loop:
+    """An ordinary training step: CTC, clipping, optimizer, schedule. Nothing in it knows the recipe."""
+
+    def __init__(self, model: Recognizer, plan: Plan) -> None:
+        self.model = model
+        self.optimizer: Optimizer = torch.optim.Adam(
+            model.parameters(), lr=plan.rate, betas=plan.betas, eps=plan.eps
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _triangle(plan))
+        self._clip = plan.clip
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean over the batch of the negative log-likelihood of its texts, a scalar."""
+        scores = self.model(batch.features).float().log_softmax(dim=2)
+        likelihood = nn.functional.ctc_loss(
+            scores.transpose(0, 1),
+            batch.targets,
+            self.model.steps(batch.lengths),
+            batch.target_lengths,
+            reduction="sum",
+            zero_infinity=True,
+        )
+        return likelihood / len(batch.lengths)
+
+    def step(self, batch: Batch) -> float:
+        """One update; the loss before it."""
+        loss = self.loss(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+
+def _triangle(plan: Plan) -> Callable[[int], float]:
+    """The factor of the learning rate at a step: up over the warm-up, then straight down to zero."""
+    rise = max(1, round(plan.warm_up * plan.steps))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / rise, (plan.steps - step) / max(1, plan.steps - rise))
+
+    return factor
+
+
+def train_recognizer(
+    experiment: Experiment, corpus: Corpus, plan: Plan, tell: Callable[[float, float], None]
+) -> Run:
+    """Train a recogniser on ``corpus`` as ``experiment`` says; a run that diverges is a result, not an error.
+
+    The curve is taken on the development part; the test part is read once, at the end.
+    ``tell(share done, last error in percent)`` is called every few steps.
+    """
+    torch.manual_seed(experiment.seed)
+    plan = dataclasses.replace(plan, **experiment.options)
+    model = Recognizer(
+        RecognizerShape(
+            bands=corpus.bands,
+            classes=len(corpus.alphabet) + 1,
+            channels=plan.channels,
+            stride=plan.stride,
+            dropout=plan.dropout,
+        )
+    )
+    loop = Loop(model, plan)
+    source = batches(corpus, plan, experiment.seed)
+    curve: list[Point] = []
+    losses: list[float] = []
+    times: list[float] = []
+    skipped, stopped = 0, ""
+    mark = max(1, plan.steps // plan.points)
+    started = time.perf_counter()
+    with (
+        switched(model, loop.optimizer, experiment.recipe) as switch,
+        Probe(model, loop.optimizer, every=plan.probe_every) as probe,
+    ):
+        for step, batch in zip(range(1, plan.steps + 1), source, strict=False):
+            before = time.perf_counter()
+            try:
+                losses.append(loop.step(batch))
+            except NonFiniteError as error:
+                stopped = str(error)
+                break
+            if (step - 1) % plan.probe_every:
+                times.append(time.perf_counter() - before)
+            skipped += not switch.last_step.applied
+            if probe.breakdown is not None:
+                stopped = probe.breakdown.reason
+                break
+            if step % mark == 0 or step == plan.steps:
+                error, _ = evaluate(model, corpus.development, corpus.alphabet)
+                seconds = time.perf_counter() - started
+                loss = statistics.fmean(losses[-mark:])
+                curve.append(Point(step=step, seconds=seconds, loss=loss, error=error))
+            if step % 5 == 0:
+                tell(step / plan.steps, curve[-1].error if curve else math.nan)
+        evidence = probe.evidence()
+        seconds = time.perf_counter() - started
+        # One batch, the same for every run, so that bytes can be compared.
+        ruler = next(batches(corpus, plan, seed=0))
+        footprint = measure_footprint(
+            model,
+            loop.optimizer,
+            lambda: loop.loss(ruler),
+            working=working_bytes(model, experiment.recipe),
+        )
+        error, examples = evaluate(model, corpus.test, corpus.alphabet)
+        return Run(
+            experiment=experiment,
+            outcome=Outcome.NOT_FINITE if stopped else Outcome.FINISHED,
+            reason=stopped,
+            steps=len(losses),
+            seconds=seconds,
+            step_ms=1000 * statistics.median(times) if times else math.nan,
+            error=error,
+            loss_scale=switch.last_step.loss_scale,
+            skipped=skipped,
+            curve=tuple(curve),
+            examples=tuple(examples),
+            evidence=evidence,
+            footprint=footprint,
+        )
