@@ -85,7 +85,9 @@ def explain_breakdown(model: nn.Module, optimizer: Optimizer, step: int) -> Brea
 
 
 def _divided_by_zero(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> str | None:
-    """The sentence for Adam's m / (sqrt(v) + eps) where the denominator is 0 in the state's dtype."""
+    """The sentence for Adam's m / (sqrt(v) + eps) where the denominator is 0 in the
+    state's dtype.
+    """
     zeros = bad = 0
     sentence = None
     for group in optimizer.param_groups:

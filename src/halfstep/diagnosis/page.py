@@ -1,4 +1,6 @@
-"""A page that needs nothing else: one HTML file with its style, its plots and the library that draws them."""
+"""A page that needs nothing else: one HTML file with its style, its plots and the library that
+draws them.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ class Tone(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """One figure to be seen first: ``figure`` large, ``label`` above, ``detail`` below; plain text."""
+    """One figure to be seen first: ``figure`` large, ``label`` above, ``detail`` below;
+    plain text.
+    """
 
     label: str
     figure: str
@@ -74,7 +78,8 @@ class Page:
     def __init__(self, *, kicker: str, title: str) -> None:
         self._title = title
         self._parts = [
-            f'<header><p class="kicker">{html.escape(kicker)}</p><h1>{html.escape(title)}</h1></header>'
+            f'<header><p class="kicker">{html.escape(kicker)}</p>'
+            f"<h1>{html.escape(title)}</h1></header>"
         ]
         self._footer = ""
 
@@ -137,7 +142,9 @@ def table(
     numbers: Iterable[int] = (),
     raw: bool = False,
 ) -> str:
-    """A table of plain text (of HTML, if ``raw``); the columns in ``numbers`` are set to the right."""
+    """A table of plain text (of HTML, if ``raw``); the columns in ``numbers`` are set
+    to the right.
+    """
     right = set(numbers)
 
     def cell(tag: str, index: int, text: str) -> str:
@@ -149,11 +156,14 @@ def table(
     lines = "".join(
         f"<tr>{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>" for row in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
+    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
 
 
 def figure(plot: Any, name: str) -> str:
-    """The plot (a plotly Figure) as HTML with the identifier ``name``; the page carries the library."""
+    """The plot (a plotly Figure) as HTML with the identifier ``name``; the page carries the
+    library.
+    """
     return plot.to_html(
         full_html=False,
         include_plotlyjs=False,
@@ -163,7 +173,9 @@ def figure(plot: Any, name: str) -> str:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write ``text`` to ``file`` whole or not at all: beside it first, then moved into its place."""
+    """Write ``text`` to ``file`` whole or not at all: beside it first, then moved into
+    its place.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:

@@ -40,7 +40,8 @@ def styled(plot: go.Figure, *, x: str, y: str, height: int = 380) -> go.Figure:
 
 
 def binades(seen: Exponents, to: Reach, *, scale: int) -> go.Figure:
-    """Histogram of the binades in ``seen``, coloured by what ``to`` makes of them, and as 2^scale shifts them.
+    """Histogram of the binades in ``seen``, coloured by what ``to`` makes of them, and as 2^scale
+    shifts them.
 
     Shares are of non-zero values: zeros are no loss.
     """
@@ -88,7 +89,9 @@ def binades(seen: Exponents, to: Reach, *, scale: int) -> go.Figure:
 
 
 def loss_by_scale(seen: Mapping[str, Exponents], to: Reach, *, chosen: int) -> go.Figure:
-    """Share of non-zero values that ``to`` rounds to zero, against the exponent of the loss scale."""
+    """Share of non-zero values that ``to`` rounds to zero, against the exponent of the
+    loss scale.
+    """
     scales = list(range(0, 25))
     plot = go.Figure()
     for (name, exponents), colour in zip(seen.items(), COLOURS, strict=False):
@@ -112,7 +115,9 @@ def loss_by_scale(seen: Mapping[str, Exponents], to: Reach, *, chosen: int) -> g
 def lines(
     series: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]], *, x: str, y: str
 ) -> go.Figure:
-    """Curves by name, several of a kind (seeds) in one colour, the first of them named in the legend."""
+    """Curves by name, several of a kind (seeds) in one colour, the first of them named in the
+    legend.
+    """
     plot = go.Figure()
     for (name, curves), colour in zip(series.items(), COLOURS, strict=False):
         for index, (abscissae, ordinates) in enumerate(curves):

@@ -1,4 +1,6 @@
-"""Counting what a format would lose: binades of values, and updates that leave a weight where it was."""
+"""Counting what a format would lose: binades of values, and updates that leave a weight where it
+was.
+"""
 
 from __future__ import annotations
 
@@ -68,11 +70,15 @@ class Exponents:
         return self.nonzero + self.zeros + self.nonfinite
 
     def flushed(self, to: Reach, *, scale: int = 0) -> int:
-        """How many non-zero values ``to`` rounds to zero after multiplication by 2^scale (nearest even)."""
+        """How many non-zero values ``to`` rounds to zero after multiplication by 2^scale (nearest
+        even).
+        """
         return sum(count for e, count in self.bins.items() if e + scale + 1 < to.smallest)
 
     def subnormal(self, to: Reach, *, scale: int = 0) -> int:
-        """How many lie between zero and the normal range of ``to`` after 2^scale: kept, with fewer bits."""
+        """How many lie between zero and the normal range of ``to`` after 2^scale: kept, with fewer
+        bits.
+        """
         return sum(
             count for e, count in self.bins.items() if to.smallest - 1 <= e + scale < to.normal
         )
@@ -101,7 +107,9 @@ class Exponents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Updates:
-    """How many elements of the weights were to change, and how many could not on a format's grid."""
+    """How many elements of the weights were to change, and how many could not on a
+    format's grid.
+    """
 
     attempted: int = 0
     swallowed: int = 0
@@ -118,7 +126,9 @@ class Updates:
 
 
 def count_exponents(values: Tensor) -> Exponents:
-    """The :class:`Exponents` of ``values``, any shape and floating dtype, without a copy to float64."""
+    """The :class:`Exponents` of ``values``, any shape and floating dtype, without a copy to
+    float64.
+    """
     flat = values.detach().reshape(-1)
     finite = flat[torch.isfinite(flat)]
     nonzero = finite[finite != 0].float()

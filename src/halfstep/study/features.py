@@ -25,7 +25,8 @@ class MelSettings:
 
 
 def mel_filters(settings: MelSettings) -> Tensor:
-    """Triangular filters, float32 (transform // 2 + 1, bands): column b weighs band b's frequencies.
+    """Triangular filters, float32 (transform // 2 + 1, bands): column b weighs band b's
+    frequencies.
 
     Corners are equally spaced in mel = 2595 log10(1 + Hz / 700) (O'Shaughnessy 1987), from
     ``lowest`` to half the rate.
@@ -40,7 +41,8 @@ def mel_filters(settings: MelSettings) -> Tensor:
 
 
 def log_mel(signal: Tensor, settings: MelSettings) -> Tensor:
-    """Natural log of the mel power spectrum, float32 (frames, bands), of ``signal`` (samples,) in [-1, 1].
+    """Natural log of the mel power spectrum, float32 (frames, bands), of ``signal`` (samples,) in
+    [-1, 1].
 
     One frame per ``hop``, centred; ``floor`` is added before the logarithm, so silence is finite.
     """
@@ -61,7 +63,7 @@ def log_mel(signal: Tensor, settings: MelSettings) -> Tensor:
 def trim_silence(features: Tensor, *, below: float = 5.0, margin: int = 6) -> Tensor:
     """``features`` (frames, bands) without silent ends, ``margin`` frames kept at each.
 
-    A frame is silent if its mean over bands is more than ``below`` (nats) under the loudest frame's.
+    A frame is silent if its mean over bands is more than ``below`` (nats) under the loudest's.
     All of it is returned if nothing is silent.
     """
     level = features.mean(dim=1)

@@ -19,7 +19,8 @@ _SHARES = {Part.TRAIN: 0.8, Part.DEVELOPMENT: 0.08, Part.TEST: 0.12}
 
 
 def load_handwriting(*, seed: int = 2017) -> Corpus:
-    """Lines of 3 to 10 MNIST digits written side by side, some touching: a column of pixels is a frame.
+    """Lines of 3 to 10 MNIST digits written side by side, some touching: a column of pixels is a
+    frame.
 
     No digit image is on two sides of the split.
     """
@@ -41,7 +42,9 @@ def load_handwriting(*, seed: int = 2017) -> Corpus:
 
 
 def _line(images: list[np.ndarray], choose: random.Random) -> Tensor:
-    """The images side by side, each cut to its ink, -2 to 6 columns apart: float32 (columns, 28)."""
+    """The images side by side, each cut to its ink, -2 to 6 columns apart: float32
+    (columns, 28).
+    """
     columns = np.zeros((4, 28), dtype=np.float32)
     for image in images:
         ink = np.flatnonzero(image.max(axis=0) > 0)

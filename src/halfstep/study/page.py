@@ -37,8 +37,8 @@ _GLOSSARY = (
     ("FP32", "plain PyTorch: every number has 32 bits", "`fp32`"),
     (
         "mixed precision",
-        "numbers are stored and multiplied in 16 bits, added in 32; the optimizer updates a 32-bit "
-        "master copy of the weights; gradients are scaled up before they are rounded",
+        "16-bit storage and multiplication, 32-bit addition; the optimizer updates a 32-bit master "
+        "copy of the weights; gradients are scaled up before they are rounded",
         "`fp16`",
     ),
     (

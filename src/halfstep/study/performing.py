@@ -19,7 +19,8 @@ __all__ = ["perform_all"]
 def perform_all(
     jobs: Sequence[Job], finished: dict[int, Run], lines: Path, console: Console
 ) -> None:
-    """Perform ``jobs``, a process a core; each run goes into ``finished`` by its number, and to ``lines``.
+    """Perform ``jobs``, a process a core; each run goes into ``finished`` by its number, and to
+    ``lines``.
 
     A job that raises, or whose process dies, gives a run that says so; the others go on.
     """
@@ -87,5 +88,5 @@ def _failed(job: Job, reason: str) -> Run:
 def _line(run: Run) -> str:
     title = f"{run.experiment.task}, {run.experiment.variant.value}, seed {run.experiment.seed}"
     if run.outcome is Outcome.FINISHED:
-        return f"{title}: {run.error:.1f}% wrong on the test part, {run.steps} steps in {run.seconds:.0f} s"
+        return f"{title}: {run.error:.1f}% wrong, {run.steps} steps in {run.seconds:.0f} s"
     return f"{title}: {run.outcome.value} at step {run.steps}: {run.reason}"

@@ -29,7 +29,8 @@ class RecognizerShape:
 
 
 class Recognizer(nn.Module):
-    """Features float32 (batch, frames, bands), zero past their lengths, to scores (batch, steps, classes).
+    """Features float32 (batch, frames, bands), zero past their lengths, to scores (batch, steps,
+    classes).
 
     Scores are logits; class 0 is the blank of CTC. :meth:`steps` says how many of them count.
     """
@@ -70,12 +71,15 @@ class Recognizer(nn.Module):
 
 
 def encode(text: str, alphabet: str) -> Tensor:
-    """Class of each character of ``text``, int64 (len(text),): its place in ``alphabet`` plus one."""
+    """Class of each character of ``text``, int64 (len(text),): its place in
+    ``alphabet`` plus one.
+    """
     return torch.tensor([alphabet.index(character) + 1 for character in text], dtype=torch.int64)
 
 
 def best_path(scores: Tensor, alphabet: str) -> str:
-    """The text of the best class at every step of ``scores`` (steps, classes): repeats, then blanks, dropped.
+    """The text of the best class at every step of ``scores`` (steps, classes): repeats, then
+    blanks, dropped.
 
     Scores that are not a number read as blanks.
 
@@ -86,7 +90,8 @@ def best_path(scores: Tensor, alphabet: str) -> str:
 
 
 def error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Character error rate in percent: insertions, deletions, substitutions over reference characters.
+    """Character error rate in percent: insertions, deletions, substitutions over reference
+    characters.
 
     Pooled over the sentences (long ones weigh more), as is usual; may exceed 100.
     """

@@ -50,7 +50,9 @@ class Experiment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One point of a learning curve. ``loss`` is a mean since the last point; ``error`` in percent."""
+    """One point of a learning curve. ``loss`` is a mean since the last point; ``error``
+    in percent.
+    """
 
     step: int
     seconds: float
@@ -86,12 +88,14 @@ class Run:
     skipped: int = 0
     curve: tuple[Point, ...] = ()
     examples: tuple[Example, ...] = ()
-    evidence: Evidence = Evidence()
+    evidence: Evidence = dataclasses.field(default_factory=Evidence)
     footprint: Footprint | None = None
 
 
 def as_plain(value: Any) -> Any:
-    """``value`` as JSON can hold it: dataclasses as objects, enums by value, NaN and inf as null."""
+    """``value`` as JSON can hold it: dataclasses as objects, enums by value, NaN and
+    inf as null.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Enum):

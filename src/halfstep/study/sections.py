@@ -1,4 +1,6 @@
-"""The sections of the demo's page: each the plots and tables of one question, empty if nothing answers it."""
+"""The sections of the demo's page: each the plots and tables of one question, empty if nothing
+answers it.
+"""
 
 from __future__ import annotations
 
@@ -120,10 +122,11 @@ def gradients(reader: Runs) -> list[str]:
 
     return [
         paragraph(
-            "FP16 has no number between 0 and 2^-24. Every gradient the FP32 runs computed (all layers, "
-            "sampled over the whole training) is put in the bin of its power of two; red bars are those "
-            "that FP16 would turn into zero. Multiplying the loss by a power of two moves the whole "
-            "histogram to the right, into the range, at no loss: the dotted outline."
+            "FP16 has no number between 0 and 2^-24. Every gradient the FP32 runs computed (all "
+            "layers, sampled over the whole training) is put in the bin of its power of two; red "
+            "bars are those that FP16 would turn into zero. Multiplying the loss by a power of "
+            "two moves the whole histogram to the right, into the range, at no loss: the dotted "
+            "outline."
         ),
         figure(binades(weights, FP16, scale=scale), "binades"),
         table(
@@ -140,8 +143,8 @@ def gradients(reader: Runs) -> list[str]:
         ),
         figure(loss_by_scale(kinds, FP16, chosen=scale), "loss-by-scale"),
         note(
-            "Shares are of the values that are not zero: a zero that FP32 computed is no loss of FP16. "
-            "Gradients of activations are those at the outputs of the layers."
+            "Shares are of the values that are not zero: a zero that FP32 computed is no loss of "
+            "FP16. Gradients of activations are those at the outputs of the layers."
         ),
     ]
 
@@ -166,10 +169,10 @@ def updates(reader: Runs) -> list[str]:
     plot.update_yaxes(ticksuffix="%", rangemode="tozero")
     return [
         paragraph(
-            "An FP16 number has 11 significant bits: adding less than about 1/2048 of a weight to it "
-            "changes nothing. For FP32 and mixed precision the curve says what would have been swallowed "
-            "if the weights had been 16-bit: their 32-bit master copy kept it. For naive 16-bit it says "
-            "which weights did not move although their gradient was not zero."
+            "An FP16 number has 11 significant bits: adding less than about 1/2048 of a weight to "
+            "it changes nothing. For FP32 and mixed precision the curve says what would have been "
+            "swallowed if the weights had been 16-bit: their 32-bit master copy kept it. For "
+            "naive 16-bit it says which weights did not move although their gradient was not zero."
         ),
         figure(plot, "swallowed"),
     ]
@@ -202,9 +205,9 @@ def digits_alone(digits: Runs) -> list[str]:
             )
     return [
         paragraph(
-            "A two-layer network on 5,000 real MNIST digits, plain SGD, learning rate 0.001: as small as "
-            "the last steps of any schedule. No Adam, no recurrence, nothing to blame but the "
-            "arithmetic; the variants differ in one thing at a time."
+            "A two-layer network on 5,000 real MNIST digits, plain SGD, learning rate 0.001: as "
+            "small as the last steps of any schedule. No Adam, no recurrence, nothing to blame "
+            "but the arithmetic; the variants differ in one thing at a time."
         ),
         figure(plot, "digits"),
         table(
@@ -241,8 +244,8 @@ def costs(reader: Runs) -> list[str]:
             figure(plot, "step-time"),
             note(
                 "This processor has no FP16 multiplier that PyTorch uses for training: FP16 is "
-                "reproduced here by rounding, so these times say what the rehearsal costs, not what "
-                "16-bit hardware would save. Runs were made side by side, one thread each."
+                "reproduced here by rounding, so these times say what the rehearsal costs, not "
+                "what 16-bit hardware would save. Runs were made side by side, one thread each."
             ),
         ]
     if held:
@@ -255,8 +258,8 @@ def costs(reader: Runs) -> list[str]:
             figure(bytes_held(held), "bytes"),
             table(head, rows, numbers=range(1, 7)),
             note(
-                "With Adam, mixed precision keeps as many bytes a weight as FP32, and the 16-bit copies "
-                "more: what it saves is activations, and only there. Measured on one batch."
+                "With Adam, mixed precision keeps as many bytes a weight as FP32, and the 16-bit "
+                "copies more: what it saves is activations, and only there. Measured on one batch."
             ),
         ]
     return bodies

@@ -47,7 +47,9 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """An experiment with all that a worker needs to perform it; ``cost`` is its share of the work."""
+    """An experiment with all that a worker needs to perform it; ``cost`` is its share
+    of the work.
+    """
 
     experiment: Experiment
     plan: Plan = field(default_factory=lambda: Plan(steps=1))

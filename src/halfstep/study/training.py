@@ -54,7 +54,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Features float32 (batch, frames, bands), their lengths, and the texts as one row of classes."""
+    """Features float32 (batch, frames, bands), their lengths, and the texts as one row
+    of classes.
+    """
 
     features: Tensor
     lengths: Tensor
@@ -63,7 +65,9 @@ class Batch:
 
 
 def batches(corpus: Corpus, plan: Plan, seed: int) -> Iterator[Batch]:
-    """Batches without end, the same for the same seed: sentences of like length together, altered at random."""
+    """Batches without end, the same for the same seed: sentences of like length together, altered
+    at random.
+    """
     choose = random.Random(seed)
     noise = torch.Generator().manual_seed(seed)
     while True:
@@ -137,7 +141,9 @@ def evaluate(
 
 
 class Loop:
-    """An ordinary training step: CTC, clipping, optimizer, schedule. Nothing in it knows the recipe."""
+    """An ordinary training step: CTC, clipping, optimizer, schedule. Nothing in it knows the
+    recipe.
+    """
 
     def __init__(self, model: Recognizer, plan: Plan) -> None:
         self.model = model
@@ -172,7 +178,9 @@ class Loop:
 
 
 def _triangle(plan: Plan) -> Callable[[int], float]:
-    """The factor of the learning rate at a step: up over the warm-up, then straight down to zero."""
+    """The factor of the learning rate at a step: up over the warm-up, then straight
+    down to zero.
+    """
     rise = max(1, round(plan.warm_up * plan.steps))
 
     def factor(step: int) -> float:
@@ -184,7 +192,8 @@ def _triangle(plan: Plan) -> Callable[[int], float]:
 def train_recognizer(
     experiment: Experiment, corpus: Corpus, plan: Plan, tell: Callable[[float, float], None]
 ) -> Run:
-    """Train a recogniser on ``corpus`` as ``experiment`` says; a run that diverges is a result, not an error.
+    """Train a recogniser on ``corpus`` as ``experiment`` says; a run that diverges is a result, not
+    an error.
 
     The curve is taken on the development part; the test part is read once, at the end.
     ``tell(share done, last error in percent)`` is called every few steps.

@@ -1,4 +1,6 @@
-"""What the runs of a study say, in sentences: computed from the evidence, whichever way it points."""
+"""What the runs of a study say, in sentences: computed from the evidence, whichever way
+it points.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,8 @@ def compare(baseline: Sequence[Run], variant: Sequence[Run]) -> Comparison:
 
 
 def why(name: str, baseline: Sequence[Run], variant: Sequence[Run], *, score: str) -> str:
-    """One or two sentences: how ``variant`` did beside the baseline, and what its evidence says of why.
+    """One or two sentences: how ``variant`` did beside the baseline, and what its evidence says of
+    why.
 
     ``score`` names the error ("CER", "error"); nothing is said that the runs did not show.
     """
@@ -123,7 +126,9 @@ def why(name: str, baseline: Sequence[Run], variant: Sequence[Run], *, score: st
 
 
 def _swallowed(runs: Sequence[Run]) -> str:
-    """How many updates the 16-bit weights swallowed, if weights were 16-bit; else what FP16 would have."""
+    """How many updates the 16-bit weights swallowed, if weights were 16-bit; else what FP16 would
+    have.
+    """
     seen = [run.evidence for run in runs if run.evidence.samples]
     if not seen:
         return ""
@@ -140,15 +145,17 @@ def _swallowed(runs: Sequence[Run]) -> str:
 
 
 def gradient_sentence(runs: Sequence[Run], to: Reach, *, scale: int) -> str:
-    """What FP16 would round to zero of the gradients these runs computed, zeros of their own apart."""
+    """What FP16 would round to zero of the gradients these runs computed, zeros of
+    their own apart.
+    """
     weights = total(run.evidence.weight_gradients for run in runs)
     inner = total(run.evidence.activation_gradients for run in runs)
     if not weights.values:
         return "No gradients were sampled."
     return (
-        f"Without a loss scale FP16 would turn {weights.lost_share(to):.2g}% of the non-zero weight "
-        f"gradients and {inner.lost_share(to):.2g}% of the non-zero activation gradients into zeros; "
-        f"with a scale of 2^{scale}, {weights.lost_share(to, scale=scale):.2g}% and "
+        f"Without a loss scale FP16 would turn {weights.lost_share(to):.2g}% of the non-zero "
+        f"weight gradients and {inner.lost_share(to):.2g}% of the non-zero activation gradients "
+        f"into zeros; with a scale of 2^{scale}, {weights.lost_share(to, scale=scale):.2g}% and "
         f"{inner.lost_share(to, scale=scale):.2g}%. (Already zero in FP32, and no loss of FP16: "
         f"{weights.zero_share:.2g}% and {inner.zero_share:.2g}%.)"
     )
@@ -173,6 +180,8 @@ def mixed_sentence(baseline: Sequence[Run], variant: Sequence[Run]) -> str:
 
 
 def loss_scale_exponent(runs: Sequence[Run]) -> int:
-    """The exponent of the loss scale the runs ended with (the lowest, rounded down); 16 if none ran."""
+    """The exponent of the loss scale the runs ended with (the lowest, rounded down); 16 if none
+    ran.
+    """
     scales = [run.loss_scale for run in runs if run.loss_scale > 1]
     return math.floor(math.log2(min(scales))) if scales else 16

@@ -102,7 +102,9 @@ class Workers(Generic[J, R]):
         self._busy.clear()
 
     def run(self, jobs: Sequence[J]) -> Iterator[Event]:
-        """Do ``jobs``, first ones first, and yield what happens as it happens, until all are over."""
+        """Do ``jobs``, first ones first, and yield what happens as it happens, until
+        all are over.
+        """
         waiting = list(enumerate(jobs))
         while waiting or self._busy:
             while waiting and len(self._busy) < self._count:
