@@ -156,8 +156,10 @@ def table(
     lines = "".join(
         f"<tr>{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>" for row in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead>'
+    return (
+        f'<div class="scroll"><table><thead><tr>{titles}</tr></thead>'
         f"<tbody>{lines}</tbody></table></div>"
+    )
 
 
 def figure(plot: Any, name: str) -> str:

@@ -37,8 +37,8 @@ _INTERRUPTED = 130  # what a shell says of a command ended by Ctrl-C
 _MODEL = "Deep Speech 2 in small (a strided convolution, two bidirectional GRUs, CTC) learns to "
 _WHAT = {
     Task.SPEECH: _MODEL
-    + "write down spoken telephone prompts, letter by letter, from log-mel spectra. Whole groups of "
-    + "near-identical sentences are on one side of the split, so no answer is in the training part.",
+    + "write spoken telephone prompts down, letter by letter, from log-mel spectra. Groups of "
+    + "near-identical sentences are on one side of the split: no answer is in the training part.",
     Task.HANDWRITING: _MODEL
     + "read lines of real handwritten digits, column by column. No digit image is on two sides of "
     + "the split.",

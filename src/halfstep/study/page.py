@@ -37,8 +37,7 @@ _GLOSSARY = (
     ("FP32", "plain PyTorch: every number has 32 bits", "`fp32`"),
     (
         "mixed precision",
-        "16-bit storage and multiplication, 32-bit addition; the optimizer updates a 32-bit master "
-        "copy of the weights; gradients are scaled up before they are rounded",
+        "16-bit storage and multiplication, 32-bit addition and weights, gradients scaled",
         "`fp16`",
     ),
     (
