@@ -77,10 +77,8 @@ class Page:
 
     def __init__(self, *, kicker: str, title: str) -> None:
         self._title = title
-        self._parts = [
-            f'<header><p class="kicker">{html.escape(kicker)}</p>'
-            f"<h1>{html.escape(title)}</h1></header>"
-        ]
+        header = f'<p class="kicker">{html.escape(kicker)}</p><h1>{html.escape(title)}</h1>'
+        self._parts = [f"<header>{header}</header>"]
         self._footer = ""
 
     def cards(self, cards: Iterable[Card]) -> None:

@@ -159,10 +159,7 @@ def count_updates(
     as swallowed if the weight did not move. Elements that are not finite are left out.
     """
     before, after = before.detach(), after.detach()
-    on_grid = before.dtype == grid or bool(
-        (before.to(grid).to(before.dtype) == before).all()
-        and (after.to(grid).to(after.dtype) == after).all()
-    )
+    on_grid = before.dtype == grid or (_on_grid(before, grid) and _on_grid(after, grid))
     finite = torch.isfinite(before) & torch.isfinite(after) & torch.isfinite(gradient)
     if on_grid:
         attempted = (gradient.detach() != 0) & finite
@@ -173,6 +170,10 @@ def count_updates(
         moved = (rounded.float() + (after.float() - before.float())).to(grid)
         swallowed = attempted & (moved == rounded)
     return Updates(attempted=int(attempted.sum()), swallowed=int(swallowed.sum()))
+
+
+def _on_grid(values: Tensor, grid: torch.dtype) -> bool:
+    return bool(((values.to(grid).to(values.dtype) == values) | values.isnan()).all())
 
 
 def total(parts: Iterable[Exponents]) -> Exponents:
