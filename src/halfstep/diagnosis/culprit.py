@@ -64,7 +64,7 @@ def explain_breakdown(model: nn.Module, optimizer: Optimizer, step: int) -> Brea
     bad_weights = nonfinite_counts(parameters.items())
     vanished = _divided_by_zero(parameters, optimizer)
     if vanished is not None:
-        return found("update", bad_weights, f"{vanished} at step {step}")
+        return found("update", bad_weights, vanished)
     bad_state = nonfinite_counts(
         (f"{name}.{key}", value)
         for name, p in parameters.items()

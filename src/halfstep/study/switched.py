@@ -69,4 +69,4 @@ def working_bytes(model: nn.Module, recipe: str) -> int:
 
 def sixteen_bit_weights(recipe: str) -> bool:
     """Whether the weights the optimizer updates are themselves 16-bit under ``recipe``."""
-    return recipe in {"fp16-naive", "fp16-nomaster"}
+    return halfstep.recipes()[recipe].master.bits <= 16

@@ -259,7 +259,7 @@ def train_recognizer(
             steps=len(losses),
             seconds=seconds,
             step_ms=1000 * statistics.median(times) if times else math.nan,
-            error=error,
+            error=math.nan if stopped else error,
             loss_scale=switch.last_step.loss_scale,
             skipped=skipped,
             curve=tuple(curve),

@@ -1,0 +1,50 @@
+"""One small demo for all the tests that look at one."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from halfstep.study.demo import TaskChoice, run_demo
+from halfstep.study.tasks import Size
+
+SMALL = Size(seeds=1, steps=6, digit_steps=40)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmallDemo:
+    status: int
+    page: Path
+    story: dict[str, Any]
+    lines: list[dict[str, Any]]
+    said: str
+
+
+@pytest.fixture(scope="session")
+def small_demo(tmp_path_factory: pytest.TempPathFactory) -> SmallDemo:
+    """Everything the demo does, on handwriting, far too short to learn anything."""
+    folder = tmp_path_factory.mktemp("demo")
+    said = io.StringIO()
+    page = folder / "out" / "report.html"
+    status = run_demo(
+        page,
+        size=SMALL,
+        task=TaskChoice.HANDWRITING,
+        write_json=True,
+        cache=folder / "cache",
+        console=Console(file=said, width=160),
+    )
+    lines = page.with_suffix(".runs.jsonl").read_text().splitlines()
+    return SmallDemo(
+        status=status,
+        page=page,
+        story=json.loads(page.with_suffix(".json").read_text()),
+        lines=[json.loads(line) for line in lines],
+        said=said.getvalue(),
+    )
