@@ -60,8 +60,8 @@ class Job:
 
 def jobs_for(task: Task, size: Size, cache: Path) -> list[Job]:
     """The demo's jobs, in the order they are begun: what fails at once first, then seed by seed."""
-    plan = Plan(steps=size.steps, probe_every=max(1, min(25, size.steps // 4)))
-    digits = DigitsPlan(steps=size.digit_steps, probe_every=max(1, min(100, size.digit_steps // 4)))
+    plan = Plan(steps=size.steps, probe_every=max(2, min(25, size.steps // 3)))
+    digits = DigitsPlan(steps=size.digit_steps, probe_every=max(2, min(100, size.digit_steps // 3)))
 
     def reader(variant: Variant, seed: int, **options: float) -> Job:
         recipe, cost = _RECIPES[variant]
