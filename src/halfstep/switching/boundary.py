@@ -30,9 +30,6 @@ _NARROW = (torch.float16, torch.bfloat16)
 __all__ = ["BOUNDARY_NODES", "Gate", "enter", "leave", "lower_many"]
 
 
-_NARROW = (torch.float16, torch.bfloat16)
-
-
 class Gate:
     """The loss scale as the boundary sees it: ``scale`` now, and notes of what passed.
 
@@ -84,7 +81,7 @@ class _Enter(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return (
-            _Leave.apply(grad, ctx.gate, ctx.gate.scale / ctx.factor, ctx.dtype, False),
+            _Leave.apply(grad, ctx.gate, ctx.gate.scale / ctx.factor, ctx.dtype),
             None,
             None,
             None,
@@ -93,10 +90,8 @@ class _Enter(Function):
 
 class _Leave(Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gate: Gate, factor: float, dtype: torch.dtype, output: bool
-    ) -> Tensor:
-        ctx.gate, ctx.factor, ctx.dtype, ctx.output = gate, factor, x.dtype, output
+    def forward(ctx: Any, x: Tensor, gate: Gate, factor: float, dtype: torch.dtype) -> Tensor:
+        ctx.gate, ctx.factor, ctx.dtype = gate, factor, x.dtype
         y = x.to(dtype)
         if factor != 1.0:
             return y.div(factor) if y is x else y.div_(factor)
@@ -104,11 +99,9 @@ class _Leave(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        if ctx.output:
-            ctx.gate.on_backward()
+        ctx.gate.on_backward()
         return (
             _Enter.apply(grad, ctx.gate, ctx.gate.scale / ctx.factor, ctx.dtype),
-            None,
             None,
             None,
             None,
@@ -136,7 +129,7 @@ class _LowerMany(Function):
         scale = ctx.gate.scale
         if torch.is_grad_enabled():  # double backward: every step must leave a node
             out = [
-                None if g is None else _Leave.apply(g, ctx.gate, scale, dtype, False)
+                None if g is None else _Leave.apply(g, ctx.gate, scale, dtype)
                 for g, dtype in zip(grads, ctx.dtypes, strict=True)
             ]
         else:
@@ -180,7 +173,7 @@ def enter(x: Tensor, gate: Gate, dtype: torch.dtype) -> Tensor:
 
 def leave(x: Tensor, gate: Gate, dtype: torch.dtype) -> Tensor:
     """``x`` outside the region, in ``dtype``; the gradient that comes back is scaled before it is rounded."""
-    return _Leave.apply(x, gate, 1.0, dtype, True)  # pyright: ignore[reportReturnType]
+    return _Leave.apply(x, gate, 1.0, dtype)  # pyright: ignore[reportReturnType]
 
 
 def lower_many(

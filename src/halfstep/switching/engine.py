@@ -6,6 +6,7 @@ Installed while a switch is on, taken away with the last one.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,9 @@ _lock = threading.Lock()
 _users = 0
 _undo: list[Callable[[], None]] = []
 _local = threading.local()
+Listener = Callable[[tuple[Tensor, ...]], None]
 # Called with the roots of each backward before it runs.
-_listeners: list[Callable[[tuple[Tensor, ...]], None]] = []
+_listeners: list[weakref.WeakMethod[Listener]] = []
 
 
 def roots() -> tuple[Tensor, ...]:
@@ -30,19 +32,23 @@ def roots() -> tuple[Tensor, ...]:
     return getattr(_local, "roots", ())
 
 
-def install(listener: Callable[[tuple[Tensor, ...]], None]) -> Callable[[], None]:
-    """Have ``listener`` called with the roots of every backward; returns what ends it."""
+def install(listener: Listener) -> Callable[[], None]:
+    """Have ``listener``, a method, called with the roots of every backward; returns what ends it.
+
+    The method's object is not kept alive.
+    """
     global _users
+    weak = weakref.WeakMethod(listener)
     with _lock:
         if _users == 0:
             _undo.extend([_patch_engine(), _patch_checkpoint()])
         _users += 1
-        _listeners.append(listener)
+        _listeners.append(weak)
 
     def uninstall() -> None:
         global _users
         with _lock:
-            _listeners.remove(listener)
+            _listeners.remove(weak)
             _users -= 1
             if _users == 0:
                 while _undo:
@@ -58,8 +64,10 @@ def _patch_engine() -> Callable[[], None]:
         before = roots()
         _local.roots = tuple(t for t in tensors if isinstance(t, Tensor))
         try:
-            for listener in tuple(_listeners):
-                listener(_local.roots)
+            for weak in tuple(_listeners):
+                listener = weak()
+                if listener is not None:
+                    listener(_local.roots)
             return original(tensors, *args, **kwargs)
         finally:
             _local.roots = before

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import types
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,44 +15,25 @@ from torch.optim import Optimizer
 
 from halfstep import ops
 from halfstep.errors import NonFiniteError
+from halfstep.switching.ledger import Ledger, not_finite_at_floor
 from halfstep.switching.loss_scale import StepReason
 
-__all__ = ["Guard", "Owner", "not_finite_at_floor"]
+__all__ = ["Guard", "Owner"]
 
 
 class Owner(Protocol):
-    """What a guard asks of its switch."""
+    """What a guard asks of a switch."""
 
-    def name_of(self, parameter: Tensor) -> str:
-        """The parameter's name in the model."""
-        ...
+    ledger: Ledger
+    guarded: bool
+    """Gradients that are not finite are kept from the optimizer."""
 
-    def noted(self, parameter: Tensor) -> int | None:
-        """Values of its gradient that are not finite, where the backward has counted them."""
-        ...
-
-    def losses(self) -> list[Tensor]:
-        """Roots of the backwards since the last step."""
-        ...
-
-    def at_floor(self) -> bool:
-        """True where lowering the scale is not possible."""
-        ...
-
-    def scale(self) -> float:
-        """The loss scale that the gradients were made with."""
-        ...
-
-    def report(self, applied: bool, reason: StepReason, nonfinite: dict[str, int]) -> None:
-        """Note what became of a step, and move the scale."""
+    def names(self) -> dict[int, str]:
+        """id -> name of the model's parameters."""
         ...
 
     def defers(self) -> bool:
         """True where a step's outcome may be learnt after it."""
-        ...
-
-    def report_later(self, bad: Tensor, names: list[str]) -> None:
-        """Note a step whose outcome is on the device still: ``bad[k]`` for the gradient of ``names[k]``."""
         ...
 
     def round_masters(self, parameters: Iterable[Tensor]) -> None:
@@ -62,144 +44,188 @@ class Owner(Protocol):
 class Guard:
     """Hooks around ``optimizer.step()``: check, skip or let pass, report.
 
-    A step is skipped by showing the optimizer empty parameter groups for its length: gradients, state and
-    the optimizer's own code stay as they are, and learning-rate schedulers see a step that was called.
+    One guard an optimizer, for all switches that share it. A step is skipped by running the optimizer's own
+    code on a stand-in: the optimizer but for empty parameter groups. State, counters and gradients stay as
+    they are, and learning-rate schedulers see a step that was called. Gradients are out of sight meanwhile,
+    for optimizers that keep a list of parameters beside the groups.
     """
 
-    def __init__(self, optimizer: Optimizer, owner: Owner, guarded: bool) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._owner = owner
-        self._guarded = guarded
-        self._hidden: list[tuple[dict[str, Any], list[Tensor]]] = []
-        self._handed_over: tuple[Tensor, list[str]] | None = None
-        self._verdict: tuple[bool, StepReason, dict[str, int]] = (True, StepReason.FINITE, {})
+        self._owners: list[Owner] = []
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._handed_over: Tensor | None = None
+        self._nonfinite: list[tuple[_Held, int]] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
 
-    def remove(self) -> None:
-        """Take the hooks away."""
-        self._show()
-        for handle in self._handles:
-            handle.remove()
+    @classmethod
+    def over(cls, optimizer: Optimizer, owner: Owner) -> Guard:
+        """The guard of ``optimizer``, which reports to ``owner`` too from now on."""
+        hooks = optimizer._optimizer_step_pre_hooks.values()
+        guards = [getattr(hook, "__self__", None) for hook in hooks]
+        guard = next((g for g in guards if isinstance(g, Guard)), None) or cls(optimizer)
+        guard._owners.append(owner)
+        return guard
 
-    def parameters(self) -> list[Tensor]:
-        """All parameters that the optimizer holds now."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    def leave(self, owner: Owner) -> None:
+        """Report to ``owner`` no longer; without any owner the hooks are gone."""
+        self._owners.remove(owner)
+        if not self._owners:
+            for handle in self._handles:
+                handle.remove()
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _is_nested(optimizer, sys._getframe(1)):
+        if optimizer is not self.optimizer or _is_nested(optimizer, sys._getframe(1)):
             return None
-        self._show()  # an earlier step may have raised on its way
-        if not self._guarded:
-            self._verdict = (True, StepReason.UNGUARDED, {})
+        self._hidden.clear()  # an earlier step may have raised on its way
+        self._nonfinite = []
+        if not any(owner.guarded for owner in self._owners):
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is not None:
-            self._verdict = (True, StepReason.FINITE, {})
             checked = self._checked(closure)
             if len(args) > 1:
                 return (args[0], checked, *args[2:]), kwargs
             return args, {**kwargs, "closure": checked}
         if self._on_device():
-            self._verdict = (True, StepReason.FINITE, {})
             self._hand_over()
             return None
-        nonfinite = self._check()
-        if nonfinite:
-            self._verdict = (False, StepReason.OVERFLOW, nonfinite)
-            self._hide()
-        else:
-            self._verdict = (True, StepReason.FINITE, {})
-        return None
+        self._nonfinite = self._check()
+        return ((self._hide(), *args[1:]), kwargs) if self._nonfinite else None
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _is_nested(optimizer, sys._getframe(1)):
+        if optimizer is not self.optimizer or _is_nested(optimizer, sys._getframe(1)):
             return
-        self._show()
+        while self._hidden:
+            parameter, grad = self._hidden.pop()
+            parameter.grad = grad
         if self._handed_over is not None:
-            bad, names = self._handed_over
-            self._handed_over = None
+            bad, self._handed_over = self._handed_over, None
             del self.optimizer.found_inf, self.optimizer.grad_scale  # pyright: ignore[reportAttributeAccessIssue]
-            self._owner.report_later(bad, names)
+            held = self._held()
+            for owner in self._owners:
+                owner.ledger.report_later(bad, functools.partial(_names, owner, held))
             return
-        applied, reason, nonfinite = self._verdict
-        if applied:
-            self._owner.round_masters(self.parameters())
-        self._owner.report(applied, reason, nonfinite)
+        if not self._nonfinite:
+            for owner in self._owners:
+                owner.round_masters(h.parameter for h in self._held())
+        self._report(self._nonfinite)
+
+    def _report(self, nonfinite: list[tuple[_Held, int]]) -> None:
+        for owner in self._owners:
+            reason = StepReason.UNGUARDED
+            if owner.guarded:
+                reason = StepReason.OVERFLOW if nonfinite else StepReason.FINITE
+            owner.ledger.report(not nonfinite, reason, _by_name([owner], nonfinite))
+
+    def _held(self) -> list[_Held]:
+        """The parameters that the optimizer holds now and has a gradient for."""
+        kind = type(self.optimizer).__name__
+        return [
+            _Held(p, f"parameter {k} of group {g} of {kind}")
+            for g, group in enumerate(self.optimizer.param_groups)
+            for k, p in enumerate(group["params"])
+            if p.grad is not None
+        ]
 
     def _on_device(self) -> bool:
         """True where the optimizer can be told on the device to skip: fused, on CUDA, FP32 masters."""
         fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        return fused and all(p.is_cuda for p in self.parameters()) and self._owner.defers()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return (
+            fused
+            and all(p.is_cuda for p in parameters)
+            and all(owner.defers() for owner in self._owners)
+        )
 
     def _hand_over(self) -> None:
         """Tell a fused optimizer to skip where a gradient is not finite, without waiting for the device."""
-        held = [p for p in self.parameters() if p.grad is not None]
-        if not held:
+        grads = [h.parameter.grad for h in self._held()]
+        if not grads:
             return
-        norms = torch._foreach_norm([p.grad for p in held], math.inf)  # pyright: ignore
-        largest = torch.stack(norms)
-        bad = ~torch.isfinite(largest)
+        largest = torch.stack(torch._foreach_norm(grads, math.inf))  # pyright: ignore
+        self._handed_over = ~torch.isfinite(largest)
         self.optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.found_inf = bad.any().to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
-        self._handed_over = (bad, [self._owner.name_of(p) for p in held])
+        self.optimizer.found_inf = self._handed_over.any().to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """``closure``, evaluated again at a lower scale while its gradients overflow."""
 
         def evaluate() -> Any:
             while True:
+                # As they are before the closure, which may add to them: overflown sums cannot be undone.
+                before = [(h.parameter, h.parameter.grad.clone()) for h in self._held()]
                 loss = closure()
                 nonfinite = self._check()
                 if not nonfinite:
                     return loss
-                self._owner.report(False, StepReason.OVERFLOW, nonfinite)
+                self._report(nonfinite)
+                for h in self._held():
+                    h.parameter.grad = None
+                for parameter, grad in before:
+                    parameter.grad = grad
 
         return evaluate
 
-    def _check(self) -> dict[str, int]:
-        """Non-finite values by parameter name; raises where a lower scale cannot mend them."""
-        owner = self._owner
-        for loss in owner.losses():
-            value = loss.detach()
-            if value.numel() == 1 and not math.isfinite(value.item()):
-                raise NonFiniteError(
-                    f"the loss itself is not finite ({value.item()}): no loss scale mends that. The step "
-                    "was not applied. Look at the batch, the learning rate, or the model's output"
-                )
-        held = [p for p in self.parameters() if p.grad is not None]
-        counts = [owner.noted(p) for p in held]
-        unknown = [k for k, count in enumerate(counts) if count is None]
-        found = ops.count_nonfinite([held[k].grad for k in unknown])  # pyright: ignore[reportArgumentType]
-        for k, count in zip(unknown, found, strict=True):
-            counts[k] = count
-        nonfinite = {owner.name_of(p): n for p, n in zip(held, counts, strict=True) if n}
-        if nonfinite and owner.at_floor():
-            raise NonFiniteError(not_finite_at_floor(nonfinite, owner.scale()))
+    def _check(self) -> list[tuple[_Held, int]]:
+        """Parameters with non-finite gradients; raises where a lower scale cannot mend them."""
+        ledgers = [owner.ledger for owner in self._owners if owner.guarded]
+        try:
+            for ledger in ledgers:
+                ledger.check_losses()
+            held = self._held()
+            looked_at = [h for h in held if not self._is_known_finite(h.parameter)]
+            counts = ops.count_nonfinite([h.parameter.grad for h in looked_at])  # pyright: ignore[reportArgumentType]
+            nonfinite = [(h, n) for h, n in zip(looked_at, counts, strict=True) if n]
+            if nonfinite and all(ledger.at_floor() for ledger in ledgers):
+                scale = max(ledger.gate.scale for ledger in ledgers)
+                raise NonFiniteError(not_finite_at_floor(_by_name(self._owners, nonfinite), scale))
+        except NonFiniteError:
+            for ledger in ledgers:
+                ledger.abandon()
+            raise
         return nonfinite
 
-    def _hide(self) -> None:
-        for group in self.optimizer.param_groups:
-            self._hidden.append((group, group["params"]))
-            group["params"] = []
+    def _is_known_finite(self, parameter: Tensor) -> bool:
+        """True where the backward has counted, and nothing can have written to the gradient since."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return False  # collectives write to a tensor without telling it: all_reduce(p.grad)
+        return any(owner.ledger.gate.count(parameter) == 0 for owner in self._owners)
 
-    def _show(self) -> None:
-        while self._hidden:
-            group, parameters = self._hidden.pop()
-            group["params"] = parameters
+    def _hide(self) -> Optimizer:
+        """The stand-in of a step that is skipped; gradients are put away until `_after`."""
+        for h in self._held():
+            self._hidden.append((h.parameter, h.parameter.grad))  # pyright: ignore[reportArgumentType]
+            h.parameter.grad = None
+        kind = type(self.optimizer)
+        stand_in = kind.__new__(kind)
+        stand_in.__dict__.update(self.optimizer.__dict__)
+        stand_in.param_groups = [{**g, "params": []} for g in self.optimizer.param_groups]
+        return stand_in
 
 
-def not_finite_at_floor(nonfinite: dict[str, int], scale: float) -> str:
-    """The text of the error for gradients that no lower loss scale can mend."""
-    worst = ", ".join(f"{k} ({n})" for k, n in list(nonfinite.items())[:5])
-    more = f" and {len(nonfinite) - 5} more" if len(nonfinite) > 5 else ""
-    return (
-        f"gradients are not finite at loss scale {scale:g}, which is as low as it goes: {worst}{more}. "
-        "The loss is finite, so a value overflowed inside the model or its backward. "
-        "The step was not applied; bf16 has FP32's range"
-    )
+class _Held(NamedTuple):
+    """A parameter with a gradient, and where the optimizer keeps it."""
+
+    parameter: Tensor
+    position: str
+
+
+def _names(owner: Owner, held: Iterable[_Held]) -> list[str]:
+    known = owner.names()
+    return [known.get(id(h.parameter), h.position) for h in held]
+
+
+def _by_name(owners: Iterable[Owner], nonfinite: list[tuple[_Held, int]]) -> dict[str, int]:
+    if not nonfinite:
+        return {}
+    known: dict[int, str] = {}
+    for owner in owners:
+        known = {**owner.names(), **known}
+    return {known.get(id(h.parameter), h.position): n for h, n in nonfinite}
 
 
 def _is_nested(optimizer: Optimizer, step: types.FrameType) -> bool:

@@ -233,12 +233,18 @@ class Buckets:
             self._of[id(master)] = (weakref.ref(master), bucket)
 
     def of(self, master: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, torch.dtype]]:
-        """All that is lowered together with ``master``; just itself where it is in no bucket."""
+        """All that is lowered together with ``master``; just itself where it is in no bucket.
+
+        A parameter with gradient hooks is lowered by itself: torch calls the hooks of all that share a
+        node, with None for a parameter that forward did not use.
+        """
         known = self._of.get(id(master))
         if known is None or known[0]() is not master:
             return [(master, dtype)]
         members = [
-            (p, d) for p, d in known[1] if p.requires_grad and (id(p) != id(master) or d == dtype)
+            (p, d)
+            for p, d in known[1]
+            if p.requires_grad and not p._backward_hooks and (p is not master or d == dtype)
         ]
         # Read in another dtype than usual (an FP32 island of the user's): by itself.
         return members if any(p is master for p, _ in members) else [(master, dtype)]

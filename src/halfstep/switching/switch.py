@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from halfstep.errors import NonFiniteError, OperandError, SwitchError
-from halfstep.recipe import Recipe
+from halfstep.errors import OperandError, SwitchError
+from halfstep.recipe import Recipe, ScalingKind
 from halfstep.switching import engine, overrides
 from halfstep.switching.adoption import adopt, fingerprint, release, working_dtypes
 from halfstep.switching.audit import Intervals, Schedule, check_forward, check_roots
-from halfstep.switching.boundary import Gate, enter, leave
+from halfstep.switching.boundary import enter, leave
 from halfstep.switching.explanation import Explanation
-from halfstep.switching.guard import Guard, not_finite_at_floor
-from halfstep.switching.loss_scale import LossScale, StepReason, StepReport
+from halfstep.switching.guard import Guard
+from halfstep.switching.ledger import Ledger
+from halfstep.switching.loss_scale import LossScale, StepReport
 from halfstep.switching.naming import describe, parameter_names
 from halfstep.switching.plain import become_half
 from halfstep.switching.plan import Plan, make_plan
@@ -29,7 +31,6 @@ __all__ = ["Switch", "switch"]
 
 _NARROW = (torch.float16, torch.bfloat16)
 _STATE_VERSION = 1
-_LOSSES_KEPT = 64
 
 
 def switch(
@@ -94,39 +95,28 @@ class Switch:
         self.recipe = recipe
         self.plan: Plan = make_plan(recipe, _device(model, recipe))
         _check_not_switched(model)
-        self._last_step = StepReport(
-            applied=False, reason=StepReason.NONE_YET, loss_scale=1.0, nonfinite={}
-        )
-        self._on_device: list[tuple[Tensor, list[str]]] = []
-        self.steps = 0
-        self.skipped_steps = 0
+        self.guarded = recipe.guarded and not recipe.is_identity
         self._on = True
-        start = LossScale.start(recipe.loss_scaling)
-        self._scaled = start.moves and bool(optimizers)
-        self._loss_scale = start
-        self._gate = Gate(start.scale if self._scaled else 1.0)
-        self._gate.on_backward = self._on_backward
-        self._losses: list[Tensor] = []
-        self._backwards = 0  # backwards that entered the model so far
-        self._task = -1
-        self._counted = 0  # the backward for which the scale was last moved
-        self._pending: list[bool] = []
+        self._scaled = recipe.loss_scaling.kind is ScalingKind.DYNAMIC and bool(optimizers)
+        self.ledger = Ledger(recipe.loss_scaling, self._scaled)
+        self._gate = self.ledger.gate
         self._inside = Intervals()
         self._schedules: dict[int, Schedule] = {}
         self._backward_schedule = Schedule()
         self._fingerprints: dict[int, int] = {}
         self._adopted: list[nn.Module] = []
         self._buckets = Buckets([])
-        self._undo: list[Callable[[], None]] = []
+        self._back_to_fp32: Callable[[], None] = _nothing
+        self._machinery: list[Callable[[], None]] = []
         if recipe.optimizer.name == "fp16":
-            self._undo.append(become_half(model, optimizers))
+            self._back_to_fp32 = become_half(model, optimizers)
         if self.plan.active:
-            self._undo.append(overrides.install(self.plan))
-            self._undo.append(engine.install(self._before_backward))
+            self._machinery = [overrides.install(self.plan), engine.install(self._before_backward)]
             self._adopt(model)
-        self._guards = [
-            Guard(o, self, recipe.guarded and not recipe.is_identity) for o in optimizers
-        ]
+        _uninstall_dropped()
+        self._when_dropped = weakref.finalize(self, _dropped.append, self._machinery)
+        self._when_dropped.atexit = False
+        self._guards = [Guard.over(o, self) for o in optimizers]
         self.round_masters(p for p in model.parameters())
 
     # -- what a user asks ---------------------------------------------------------------------------
@@ -134,13 +124,25 @@ class Switch:
     @property
     def last_step(self) -> StepReport:
         """What became of the last ``optimizer.step()``; waits for the device where it is not known yet."""
-        self._settle()
-        return self._last_step
+        self.ledger.settle()
+        return self.ledger.last_step()
+
+    @property
+    def steps(self) -> int:
+        """How often ``optimizer.step()`` was called."""
+        self.ledger.settle()
+        return self.ledger.steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many of them were skipped, their gradients not being finite."""
+        self.ledger.settle()
+        return self.ledger.skipped_steps
 
     @property
     def loss_scale(self) -> float:
         """The loss scale that the next backward will use."""
-        self._settle()
+        self.ledger.settle()
         return self._gate.scale
 
     def was_step_applied(self) -> bool:
@@ -182,22 +184,25 @@ class Switch:
             raise SwitchError("switch.off() was called inside forward; call it between steps")
         self._on = False
         for guard in self._guards:
-            guard.remove()
+            guard.leave(self)
+        self.ledger.close()
         for module in self._adopted:
             release(module, self)
         self._adopted.clear()
-        while self._undo:
-            self._undo.pop()()
+        self._when_dropped.detach()
+        _call_all(self._machinery)
+        self._back_to_fp32()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers and text, no pickle."""
+        self.ledger.settle()
         return {
             "version": _STATE_VERSION,
             "recipe": str(self.recipe),
-            "scale": self._loss_scale.scale,
-            "growth_tracker": self._loss_scale.clean,
-            "steps": self.steps,
-            "skipped_steps": self.skipped_steps,
+            "scale": self.ledger.loss_scale.scale,
+            "growth_tracker": self.ledger.loss_scale.clean,
+            "steps": self.ledger.steps,
+            "skipped_steps": self.ledger.skipped_steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -218,15 +223,15 @@ class Switch:
             raise SwitchError(
                 f"switch state is of recipe {state['recipe']}; this switch runs {self.recipe}"
             )
-        self._loss_scale = LossScale(
-            rule=self.recipe.loss_scaling,
-            scale=float(state["scale"]),
-            clean=int(state["growth_tracker"]),
+        self.ledger.set(
+            LossScale(
+                rule=self.recipe.loss_scaling,
+                scale=float(state["scale"]),
+                clean=int(state["growth_tracker"]),
+            )
         )
-        if self._scaled:
-            self._gate.scale = self._loss_scale.scale
-        self.steps = int(state["steps"])
-        self.skipped_steps = int(state["skipped_steps"])
+        self.ledger.steps = int(state["steps"])
+        self.ledger.skipped_steps = int(state["skipped_steps"])
 
     # -- the region ---------------------------------------------------------------------------------
 
@@ -238,7 +243,7 @@ class Switch:
         kwargs: dict[str, Any],
     ) -> Any:
         """``call(*args, **kwargs)`` of ``module`` inside a region of its own."""
-        self._settle()
+        self.ledger.settle()
         self._check_device(module)
         changed = self._readopt(module)
         audit = functools.partial(self._audit, module)
@@ -283,10 +288,17 @@ class Switch:
         if t.grad_fn is None or torch.is_inference_mode_enabled():
             return t.to(dtype)
         with torch.enable_grad():
-            return leave(t, region.gate, dtype) if self._scaled else t.to(dtype)
+            if self._scaled:
+                return leave(t, region.gate, dtype)
+            out = t.to(dtype)
+            out.grad_fn.register_prehook(self._note_backward)  # pyright: ignore[reportOptionalMemberAccess]
+            return out
+
+    def _note_backward(self, grads: Any) -> None:
+        self.ledger.note_backward()
 
     def _audit(self, module: nn.Module, out: Any, region: Region, given: Any) -> None:
-        names = self._names()
+        names = self.names()
         where = next((n for n, m in self.model.named_modules() if m is module), "")
         check_forward(
             tensors_in(out),
@@ -315,102 +327,26 @@ class Switch:
     # -- backward and step --------------------------------------------------------------------------
 
     def _before_backward(self, roots: tuple[Tensor, ...]) -> None:
-        if not self._scaled:
-            self._backwards += 1
-            self._losses.extend(r.detach() for r in roots if r.numel() == 1)
-            del self._losses[:-_LOSSES_KEPT]
-        elif self._backward_schedule.due():
+        if self._scaled and self._backward_schedule.due():
             check_roots(roots, self._inside)
-
-    def _on_backward(self) -> None:
-        """A backward has come to the model's output."""
-        task = torch._C._current_graph_task_id()
-        if task == self._task:
-            return  # another output of the same backward
-        self._task = task
-        self._backwards += 1
-        self._losses.extend(r.detach() for r in engine.roots() if r.numel() == 1)
-        del self._losses[:-_LOSSES_KEPT]
-
-    def _settle(self) -> None:
-        """Take in what earlier steps left open.
-
-        Outcomes that were on the device still, and steps taken inside a backward (optimizers in hooks): the
-        scale must not change within one.
-        """
-        while self._on_device:
-            bad, names = self._on_device.pop(0)
-            nonfinite = {
-                name: 1 for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad
-            }
-            if nonfinite and self.at_floor():
-                self._on_device.clear()
-                raise NonFiniteError(not_finite_at_floor(nonfinite, self._gate.scale))
-            reason = StepReason.OVERFLOW if nonfinite else StepReason.FINITE
-            self.report(not nonfinite, reason, nonfinite)
-        if self._pending and torch._C._current_graph_task_id() == -1:
-            finite = all(self._pending)
-            self._pending.clear()
-            self._move(finite)
-
-    def _move(self, finite: bool) -> None:
-        self._loss_scale = self._loss_scale.after(finite=finite)
-        if self._scaled:
-            self._gate.scale = self._loss_scale.scale
 
     def name_of(self, parameter: Tensor) -> str:
         """The parameter's name in the model; its shape where it is not the model's."""
-        return self._names().get(id(parameter)) or f"a parameter of shape {tuple(parameter.shape)}"
+        return self.names().get(id(parameter)) or f"a parameter of shape {tuple(parameter.shape)}"
 
-    def _names(self) -> dict[int, str]:
+    def names(self) -> dict[int, str]:
+        """id -> name of the model's parameters."""
         return parameter_names(self.model)
-
-    def noted(self, parameter: Tensor) -> int | None:
-        """Values of its gradient that are not finite, where the backward has counted them."""
-        return self._gate.count(parameter)
-
-    def losses(self) -> list[Tensor]:
-        """Scalar roots of the backwards since the last step."""
-        return self._losses
-
-    def at_floor(self) -> bool:
-        """True where no lower scale is allowed."""
-        return not self._scaled or self._loss_scale.at_floor
-
-    def scale(self) -> float:
-        """The loss scale in use."""
-        return self._gate.scale
-
-    def report(self, applied: bool, reason: StepReason, nonfinite: dict[str, int]) -> None:
-        """Note what became of a step; the scale moves at most once a backward."""
-        self._last_step = StepReport(
-            applied=applied, reason=reason, loss_scale=self._gate.scale, nonfinite=nonfinite
-        )
-        self.steps += 1
-        self.skipped_steps += not applied
-        self._losses.clear()
-        self._gate.forget()
-        if self._backwards == self._counted:
-            return  # another optimizer's step after the same backward
-        if torch._C._current_graph_task_id() != -1:
-            self._pending.append(applied)  # the scale must not change within a backward
-            return
-        self._counted = self._backwards
-        self._move(applied)
 
     def defers(self) -> bool:
         """True where a step's outcome may be learnt after it: nothing is left to do to the masters."""
         return self.recipe.master.name == "fp32"
 
-    def report_later(self, bad: Tensor, names: list[str]) -> None:
-        """Note a step whose outcome is on the device still; looked at when the next forward begins."""
-        self._on_device.append((bad, names))
-
     def round_masters(self, parameters: Iterable[Tensor]) -> None:
         """Where the recipe has no FP32 masters, round the weights to what it keeps."""
         if self.recipe.master.name == "fp32" or self.recipe.optimizer.name != "fp32":
             return
-        own = self._names()
+        own = self.names()
         with torch.no_grad():
             for p in parameters:
                 if id(p) in own and p.dtype == torch.float32:
@@ -419,6 +355,25 @@ class Switch:
 
 def _has_graph(value: Any) -> bool:
     return any(t.grad_fn is not None for t in tensors_in(value))
+
+
+def _nothing() -> None:
+    return None
+
+
+def _call_all(functions: list[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
+
+
+# What was installed for switched models that were dropped without off(). Python may drop them at any
+# allocation, in the middle of an installation too: so it is taken away when the next switch is made.
+_dropped: list[list[Callable[[], None]]] = []
+
+
+def _uninstall_dropped() -> None:
+    while _dropped:
+        _call_all(_dropped.pop())
 
 
 def _device(model: nn.Module, recipe: Recipe) -> str:

@@ -1,0 +1,203 @@
+"""What the backwards and the steps of a switch came to, and the loss scale that follows from it."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfstep.errors import NonFiniteError
+from halfstep.recipe import LossScaling
+from halfstep.switching import engine
+from halfstep.switching.boundary import Gate
+from halfstep.switching.loss_scale import LossScale, StepReason, StepReport
+
+__all__ = ["Ledger", "not_finite_at_floor"]
+
+_BACKWARDS_KEPT = 1024
+_LOSSES_KEPT = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Deferred:
+    """A step whose outcome is on the device still: ``bad[k]`` for the gradient of ``names()[k]``."""
+
+    bad: Tensor
+    names: Callable[[], list[str]]
+    losses: list[Tensor]
+
+
+class Ledger:
+    """The loss scale of one switch, and why it moved.
+
+    The scale moves at most once a backward, however many optimizers step after it; one of them that
+    overflowed outweighs all that did not. It never moves within a backward. An overflow lowers the scale of
+    every switched model that its backward went through: the gradient may have been lost in any of them.
+    """
+
+    def __init__(self, rule: LossScaling, scaled: bool) -> None:
+        self.gate = Gate(1.0)
+        self.gate.on_backward = self.note_backward
+        self.scaled = scaled
+        self.steps = 0
+        self.skipped_steps = 0
+        self._loss_scale = self._before = LossScale.start(rule)
+        self._report = StepReport(
+            applied=False, reason=StepReason.NONE_YET, loss_scale=1.0, nonfinite={}
+        )
+        # Since the last step with a verdict, or, until the next backward, up to it.
+        self._tasks: deque[int] = deque(maxlen=_BACKWARDS_KEPT)
+        self._losses: deque[Tensor] = deque(maxlen=_LOSSES_KEPT)
+        self._judged = True
+        self._finite = True
+        self._pending: list[bool] = []
+        self._deferred: list[_Deferred] = []
+        self.set(self._loss_scale)
+        _live.add(self)
+
+    def close(self) -> None:
+        """The switch is off: no overflow concerns it any more."""
+        _live.discard(self)
+
+    @property
+    def loss_scale(self) -> LossScale:
+        """The scale that the next backward will use, and its run of clean steps."""
+        return self._loss_scale
+
+    def set(self, value: LossScale) -> None:
+        """Use ``value`` from now on."""
+        self._loss_scale = value
+        if self.scaled:
+            self.gate.scale = value.scale
+
+    # -- backwards ------------------------------------------------------------------------------------
+
+    def note_backward(self) -> None:
+        """A backward has come to the model's output; called in it, by each output."""
+        task = torch._C._current_graph_task_id()
+        if self._tasks and self._tasks[-1] == task:
+            return
+        if self._judged:
+            self._tasks.clear()
+            self._losses.clear()
+            self._judged = False
+        self._tasks.append(task)
+        self._losses.extend(r.detach() for r in engine.roots() if r.numel() == 1)
+
+    def check_losses(self) -> None:
+        """Raise `NonFiniteError` where the loss of a backward that the next step is about is inf or NaN."""
+        _check_losses(self._losses)
+
+    # -- steps ----------------------------------------------------------------------------------------
+
+    def last_step(self) -> StepReport:
+        """What became of the last step."""
+        return self._report
+
+    def at_floor(self) -> bool:
+        """True where no scale that an overflow concerns may be lowered."""
+        return all(not ledger.scaled or ledger._loss_scale.at_floor for ledger in self._concerned())
+
+    def report(self, applied: bool, reason: StepReason, nonfinite: dict[str, int]) -> None:
+        """Note what became of a step, and move the scale."""
+        self._report = StepReport(
+            applied=applied, reason=reason, loss_scale=self.gate.scale, nonfinite=nonfinite
+        )
+        self.steps += 1
+        self.skipped_steps += not applied
+        self.gate.forget()
+        for ledger in (self,) if applied else self._concerned():
+            ledger._pending.append(applied)
+        self.settle_scale()
+
+    def abandon(self) -> None:
+        """A step was refused with an error: what is noted from now on is about new backwards."""
+        self._judged = self._finite = True
+        self._before = self._loss_scale
+
+    def report_later(self, bad: Tensor, names: Callable[[], list[str]]) -> None:
+        """Note a step whose outcome is on the device still; `settle` takes it in."""
+        self._deferred.append(_Deferred(bad=bad, names=names, losses=list(self._losses)))
+
+    def settle(self) -> None:
+        """Take in what earlier steps left open; waits for the device where an outcome is there.
+
+        Raises:
+            NonFiniteError: an outcome that was open is one that no lower scale mends.
+        """
+        while self._deferred:
+            step = self._deferred.pop(0)
+            flags = step.bad.tolist()
+            nonfinite: dict[str, int] = {}
+            if any(flags):
+                nonfinite = {n: 1 for n, is_bad in zip(step.names(), flags, strict=True) if is_bad}
+            try:
+                _check_losses(step.losses)
+                if nonfinite and self.at_floor():
+                    raise NonFiniteError(not_finite_at_floor(nonfinite, self.gate.scale))
+            except NonFiniteError:
+                self._deferred.clear()
+                self.abandon()
+                raise
+            reason = StepReason.OVERFLOW if nonfinite else StepReason.FINITE
+            self.report(not nonfinite, reason, nonfinite)
+        self.settle_scale()
+
+    def settle_scale(self) -> None:
+        """Move the scale as pending verdicts say, unless a backward is running: it must not change in one."""
+        if self._pending and torch._C._current_graph_task_id() == -1:
+            finite = all(self._pending)
+            self._pending.clear()
+            self._judge(finite)
+
+    def _concerned(self) -> list[Ledger]:
+        """Whose scale an overflow of ours may be due to: all that our backwards went through.
+
+        A model inside another switched one has its gradients made with the outer one's scale and no
+        backwards of its own: then it is all that had any.
+        """
+        mine = set(self._tasks)
+        having = [ledger for ledger in list(_live) if ledger._tasks]
+        if mine:
+            having = [ledger for ledger in having if not mine.isdisjoint(ledger._tasks)]
+        return having or [self]
+
+    def _judge(self, finite: bool) -> None:
+        """One verdict a backward: the first, or a later one that is worse."""
+        if not self._judged:
+            self._judged = True
+            self._before = self._loss_scale
+        elif finite or not self._finite:
+            return
+        self._finite = finite
+        self.set(self._before.after(finite=finite))
+
+
+_live: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+
+def _check_losses(losses: Iterable[Tensor]) -> None:
+    """Raise `NonFiniteError` for a loss that is inf or NaN."""
+    for loss in losses:
+        value = loss.item()
+        if not math.isfinite(abs(value)):
+            raise NonFiniteError(
+                f"the loss itself is not finite ({value}): no loss scale mends that. The step "
+                "was not applied. Look at the batch, the learning rate, or the model's output"
+            )
+
+
+def not_finite_at_floor(nonfinite: dict[str, int], scale: float) -> str:
+    """The text of the error for gradients that no lower loss scale can mend."""
+    worst = ", ".join(f"{k} ({n})" for k, n in list(nonfinite.items())[:5])
+    more = f" and {len(nonfinite) - 5} more" if len(nonfinite) > 5 else ""
+    return (
+        f"gradients are not finite at loss scale {scale:g}, which is as low as it goes: {worst}{more}. "
+        "The loss is finite, so a value overflowed inside the model or its backward. "
+        "The step was not applied; bf16 has FP32's range"
+    )
