@@ -9,7 +9,7 @@ SHELL  := /bin/bash
 
 NATIVE := CMakeLists.txt $(wildcard src/halfstep/_core/*.cpp src/halfstep/_core/*.hpp)
 
-.PHONY: help setup demo test test-all lint type docs bench clean
+.PHONY: help setup demo test test-all browser lint type docs bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -26,13 +26,21 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 demo: $(STAMP) ## a real recogniser in FP32, mixed precision and naive 16-bit; ends in report.html
 	$(BIN)/halfstep demo --output report.html
 
-test: $(STAMP) ## lint, types and the quick tests: what CI runs
+test: $(STAMP) browser ## lint, types and the quick tests: what CI runs
 	$(MAKE) --no-print-directory lint type
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
 
-test-all: $(STAMP) ## everything, the long tests too
+test-all: $(STAMP) browser ## everything, the long tests too
 	$(MAKE) --no-print-directory lint type
 	$(BIN)/python -m pytest -m 'not gpu'
+
+# The report's page is tested in headless Chromium. Debian has it; only root may install it.
+browser:
+	@command -v chromium google-chrome >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing chromium for the test of the report" && \
+	  { apt-get install -y -qq --no-install-recommends chromium >/dev/null 2>&1 || \
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1; }; } || \
+	  echo "no chromium: the test of the report in a browser will be skipped"
 
 lint: $(STAMP) ## ruff and the one-way import contract
 	$(BIN)/ruff check .
@@ -40,7 +48,7 @@ lint: $(STAMP) ## ruff and the one-way import contract
 	$(BIN)/lint-imports --verbose >/dev/null || $(BIN)/lint-imports
 
 type: $(STAMP) ## pyright
-	$(BIN)/pyright --stats=false 2>/dev/null || $(BIN)/pyright
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
 docs: $(STAMP) ## rewrite the tables of README.md and docs/ from the catalogues
 	$(BIN)/python docs/tables.py
