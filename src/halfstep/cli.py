@@ -144,17 +144,24 @@ def bench_switch(
 
 
 @bench.command("rounding")
-def bench_rounding(rounds: Rounds = 30, save: SaveTo = None, as_json: AsJson = False) -> None:
+def bench_rounding(
+    rounds: Rounds = 30, clock: ClockName = "wall", save: SaveTo = None, as_json: AsJson = False
+) -> None:
     """Throughput of round_to against copy_ of the same tensors.
 
     Leaves with status 1 if a target is missed.
 
     Example: halfstep bench rounding --json
     """
-    from halfstep.study.benchmarks.harness import this_machine
+    import torch
+
+    from halfstep.study.benchmarks.harness import Clock, this_machine
     from halfstep.study.benchmarks.rounding import rows
 
-    _bench("rounding", rows(rounds=rounds), this_machine("cpu"), save, as_json)
+    if clock == "cpu":
+        torch.set_num_threads(1)  # threads that wait for each other would count as work
+    measured = rows(rounds=rounds, clock=Clock(clock))
+    _bench("rounding", measured, this_machine("cpu", Clock(clock)), save, as_json)
 
 
 # --- records: one source for tables, JSON and the pages under docs/ ------------------------------

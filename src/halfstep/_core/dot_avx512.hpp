@@ -16,7 +16,7 @@ struct ToFp16 {
 };
 
 struct ToGrid {
-  Rounder<Avx512Lanes, Rounding::nearest> round;
+  Rounder<Avx512Lanes, Rounding::nearest, false> round;
 
   __m512 operator()(__m512i sum) const { return Avx512Lanes::number_of(round(sum, 0)); }
 };

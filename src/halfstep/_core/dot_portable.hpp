@@ -11,7 +11,7 @@ struct PortableTile {
   static constexpr int rows = 1;
   static constexpr int columns = dot_columns;
 
-  Rounder<Portable64, Rounding::nearest> round;
+  Rounder<Portable64, Rounding::nearest, true> round;
 
   // x + y, and where that is not exact the neighbour whose last bit is 1
   static double add_to_odd(double x, double y) {

@@ -40,10 +40,14 @@ struct Avx2Lanes {
   static Bits select(Mask m, Bits yes, Bits no) { return _mm256_blendv_epi8(no, yes, m.m); }
 
   static Float plus(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static Float plus_where(Mask m, Float a, Float b) {  // of a that is not -0
+    return _mm256_add_ps(a, _mm256_and_ps(number_of(m.m), b));
+  }
   static Float minus(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static Float times(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Mask below(Float a, Float b) { return {bits(_mm256_cmp_ps(a, b, _CMP_LT_OQ))}; }
   static Mask at_least(Float a, Float b) { return {bits(_mm256_cmp_ps(a, b, _CMP_GE_OQ))}; }
+  static bool any(Mask m) { return _mm256_movemask_epi8(m.m) != 0; }
   static Mask both(Mask a, Mask b) { return {_mm256_and_si256(a.m, b.m)}; }
   static Mask not_both(Mask a, Mask b) { return {_mm256_andnot_si256(b.m, a.m)}; }
   static Float select(Mask m, Float yes, Float no) {

@@ -36,10 +36,12 @@ struct Avx512Lanes {
   static Bits select(Mask m, Bits yes, Bits no) { return _mm512_mask_blend_epi32(m, no, yes); }
 
   static Float plus(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float plus_where(Mask m, Float a, Float b) { return _mm512_mask_add_ps(a, m, a, b); }
   static Float minus(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float times(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Mask below(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static Mask at_least(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static bool any(Mask m) { return m != 0; }
   static Mask both(Mask a, Mask b) { return Mask(a & b); }
   static Mask not_both(Mask a, Mask b) { return Mask(a & ~b); }
   static Float select(Mask m, Float yes, Float no) { return _mm512_mask_blend_ps(m, no, yes); }

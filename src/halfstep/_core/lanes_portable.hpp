@@ -46,10 +46,12 @@ struct PortableLanes {
   static Bits select(Mask m, Bits yes, Bits no) { return m ? yes : no; }
 
   static Float plus(Float a, Float b) { return a + b; }
+  static Float plus_where(Mask m, Float a, Float b) { return m ? a + b : a; }
   static Float minus(Float a, Float b) { return a - b; }
   static Float times(Float a, Float b) { return a * b; }
   static Mask below(Float a, Float b) { return a < b; }
   static Mask at_least(Float a, Float b) { return a >= b; }
+  static bool any(Mask m) { return m; }
   static Mask both(Mask a, Mask b) { return a && b; }
   static Mask not_both(Mask a, Mask b) { return a && !b; }  // a and not b
   static Float select(Mask m, Float yes, Float no) { return m ? yes : no; }

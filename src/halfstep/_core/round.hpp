@@ -60,7 +60,7 @@ struct Constants {
   word last_bit;    // 1 where it decides ties
   word below_half;
   word even_below;  // bits of the smallest normal number: below it the grid is even
-  number magic;     // a number whose last bit is worth one quantum
+  number magic;  // a number whose last bit is worth one quantum
   number quantum;
   number per_quantum;
   number highest, lowest, overflow_up, overflow_down, infinity_up, infinity_down;
@@ -68,7 +68,8 @@ struct Constants {
   bool negative_zero;
 };
 
-template <class L, Rounding rounding>
+// `asks`: whether it looks first if any lane is in the even part of the grid.
+template <class L, Rounding rounding, bool asks>
 struct Rounder {
   using Bits = typename L::Bits;
   using Float = typename L::Float;
@@ -79,6 +80,7 @@ struct Rounder {
   static constexpr word sign_bit = word(1) << (8 * sizeof(word) - 1);
   static constexpr word infinity = ((sign_bit >> L::mantissa_bits) - 1) << L::mantissa_bits;
   static constexpr word quiet = word(1) << (L::mantissa_bits - 1);
+
 
   const Constants<L> c;
   const Key key;
@@ -91,13 +93,10 @@ struct Rounder {
     if constexpr (rounding == Rounding::stochastic) random = random_bits<L>(key, index);
 
     const Mask is_even = L::less(magnitude, L::set(c.even_below));
-    Bits rounded;
-    if constexpr (L::width == 1) {
-      rounded = is_even ? L::bits(round_even(L::number_of(magnitude), negative, random))
-                        : round_normal(magnitude, negative, random);
-    } else {
-      rounded = L::select(is_even, L::bits(round_even(L::number_of(magnitude), negative, random)),
-                          round_normal(magnitude, negative, random));
+    Bits rounded = round_normal(magnitude, negative, random);
+    if (!asks || L::any(is_even)) {
+      const Float even = round_even(L::number_of(magnitude), negative, random);
+      rounded = L::select(is_even, L::bits(even), rounded);
     }
     Float result = L::number_of(L::or_(rounded, sign));
     if (!c.negative_zero) result = L::plus(result, L::set_number(0));
@@ -145,7 +144,7 @@ struct Rounder {
     } else if constexpr (rounding == Rounding::stochastic) {
       grows = L::carries(rest, random);
     }
-    const Float grown = L::plus(whole, L::select(grows, L::set_number(1), zero));
+    const Float grown = L::plus_where(grows, whole, L::set_number(1));
     return L::times(grown, L::set_number(c.quantum));
   }
 
@@ -165,12 +164,12 @@ struct Rounder {
   }
 };
 
-template <class L, Rounding rounding>
+template <class L, Rounding rounding, bool asks>
 void round_range(const typename L::number* x, typename L::number* out, std::size_t begin,
                  std::size_t end, const Grid& grid, Key key, bool stream) {
   using number = typename L::number;
   constexpr std::size_t width = L::width;
-  const Rounder<L, rounding> round{Constants<L>(grid), key};
+  const Rounder<L, rounding, asks> round{Constants<L>(grid), key};
 
   const auto part = [&](std::size_t i, std::size_t count) {  // fewer elements than a vector has
     number buffer[width] = {};
@@ -195,17 +194,31 @@ void round_range(const typename L::number* x, typename L::number* out, std::size
   if (i < end) part(i, end - i);
 }
 
+// To nearest the even grid costs two additions: less than to ask. Else it pays to ask, unless
+// numbers of ordinary size are there: then the processor guesses the answer wrong too often. One
+// lane always asks, because only there a number fits the conversions.
+template <class L, Rounding rounding>
+void round_with(const typename L::number* x, typename L::number* out, std::size_t begin,
+                std::size_t end, const Grid& grid, Key key, bool stream) {
+  constexpr bool one_lane = L::width == 1;
+  const bool rarely_even = grid.quantum_exponent + grid.mantissa_bits < -12;
+  if (one_lane || (rounding != Rounding::nearest && rarely_even))
+    return round_range<L, rounding, true>(x, out, begin, end, grid, key, stream);
+  if constexpr (!one_lane)
+    round_range<L, rounding, false>(x, out, begin, end, grid, key, stream);
+}
+
 template <class L>
 void round_to(const typename L::number* x, typename L::number* out, std::size_t begin,
               std::size_t end, const Grid& grid, Rounding rounding, Key key, bool stream) {
   const auto run = [&](auto function) { function(x, out, begin, end, grid, key, stream); };
   switch (rounding) {
-    case Rounding::nearest: return run(round_range<L, Rounding::nearest>);
-    case Rounding::stochastic: return run(round_range<L, Rounding::stochastic>);
-    case Rounding::toward_zero: return run(round_range<L, Rounding::toward_zero>);
-    case Rounding::up: return run(round_range<L, Rounding::up>);
-    case Rounding::down: return run(round_range<L, Rounding::down>);
-    case Rounding::away: return run(round_range<L, Rounding::away>);
+    case Rounding::nearest: return run(round_with<L, Rounding::nearest>);
+    case Rounding::stochastic: return run(round_with<L, Rounding::stochastic>);
+    case Rounding::toward_zero: return run(round_with<L, Rounding::toward_zero>);
+    case Rounding::up: return run(round_with<L, Rounding::up>);
+    case Rounding::down: return run(round_with<L, Rounding::down>);
+    case Rounding::away: return run(round_with<L, Rounding::away>);
   }
 }
 
