@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import get_args
 
@@ -17,10 +18,11 @@ import halfstep
 from halfstep import cli
 from halfstep.format import formats
 from halfstep.recipe import recipes
+from halfstep.study import demo
 from halfstep.study.benchmarks import switch as switch_benchmark
 from halfstep.study.benchmarks.harness import Clock, Ratio, Row, Sense, Target
 
-COMMANDS = [["formats"], ["recipes"], ["bench", "switch"], ["bench", "rounding"]]
+COMMANDS = [["demo"], ["formats"], ["recipes"], ["bench", "switch"], ["bench", "rounding"]]
 
 
 @pytest.fixture
@@ -145,8 +147,32 @@ def test_bench_json_and_record(run, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert f"`halfstep bench switch --json --save {tmp_path}`" in page.read_text()
 
 
-def test_clock_names_are_the_clocks():
-    assert list(get_args(get_args(cli.ClockName)[0])) == [clock.value for clock in Clock]
+@pytest.mark.parametrize(
+    ("spelled", "meant"), [(cli.ClockName, Clock), (cli.TaskName, demo.TaskChoice)]
+)
+def test_choices_spelled_out_are_the_enumerations(spelled: object, meant: type[Enum]):
+    assert list(get_args(get_args(spelled)[0])) == [member.value for member in meant]
+
+
+def test_demo_hands_its_options_on_and_its_status_back(run, monkeypatch: pytest.MonkeyPatch):
+    given: dict[str, object] = {}
+
+    def perform(output: Path, **options: object) -> int:
+        given.update(output=output, **options)
+        return 1
+
+    monkeypatch.setattr(demo, "demo", perform)
+    assert run("demo")[0] == 1
+    assert given == {
+        "output": Path("report.html"),
+        "quick": False,
+        "task": demo.TaskChoice.AUTO,
+        "seeds": demo.FULL.seeds,
+        "write_json": False,
+    }
+    run("demo", "--output", "a.html", "--quick", "--task", "handwriting", "--json")
+    assert (given["output"], given["quick"], given["write_json"]) == (Path("a.html"), True, True)
+    assert given["task"] is demo.TaskChoice.HANDWRITING
 
 
 def test_interrupt_is_status_130(run, monkeypatch: pytest.MonkeyPatch):
