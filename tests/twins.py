@@ -24,11 +24,11 @@ _live: list[Switch] = []
 
 def on(model: nn.Module, recipe: str, optimizer: Any = None) -> Switch:
     """``model`` switched to ``recipe``, at loss scale `SCALE` where the recipe has one."""
-    if optimizer is None:
+    if optimizer is None and any(True for _ in model.parameters()):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     switch = halfstep.switch(model, optimizer, recipe=recipe)
     _live.append(switch)
-    if recipe == "fp16":
+    if recipe == "fp16" and optimizer is not None:
         switch.load_state_dict(switch.state_dict() | {"scale": SCALE})
     return switch
 

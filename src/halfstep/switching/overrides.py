@@ -63,11 +63,12 @@ def install(plan: Plan) -> Callable[[], None]:
 def _register(device: str, layer: str) -> Library:
     library = Library("aten", "IMPL")
     key = _KEYS[device]
-    for name, make in _kernels(device, layer):
+    theirs = frozenset(torch._C._dispatch_get_registrations_for_dispatch_key(key))
+    for name, make in _kernels(layer, theirs):
         op = policy.overload(name)
         if op is None:
             continue
-        below = _Below(op, key)
+        below = _Below(op, key, theirs)
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
@@ -81,9 +82,9 @@ def _schema_name(op: torch._ops.OpOverload) -> str:
     return f"{name}.{op._overloadname}" if op._overloadname != "default" else name
 
 
-def _kernels(device: str, layer: str) -> list[tuple[str, Callable[[_Below], Callable[..., Any]]]]:
-    theirs = torch._C._dispatch_get_registrations_for_dispatch_key(_KEYS[device])
-
+def _kernels(
+    layer: str, theirs: frozenset[str]
+) -> list[tuple[str, Callable[[_Below], Callable[..., Any]]]]:
     def missing(names: tuple[str, ...]) -> list[str]:
         return [name for name in names if f"aten::{name}" not in theirs]
 
@@ -96,6 +97,7 @@ def _kernels(device: str, layer: str) -> list[tuple[str, Callable[[_Below], Call
         *[(name, _wide) for name in policy.WIDE],
         *[(name, _dot) for name in missing(policy.DOTS)],
         *[(name, _parts) for name in policy.COMPOSITE_DOTS],
+        *[(name, _mixed) for name in policy.MIXED],
         *[(name, _promoted) for name in missing(policy.PROMOTE)],
         *[(name, _recurrent) for name in policy.RECURRENT],
     ]
@@ -106,13 +108,13 @@ class _Below:
 
     __slots__ = ("_after", "_key_set", "_torch_kernel", "op")
 
-    def __init__(self, op: torch._ops.OpOverload, key: str) -> None:
+    def __init__(self, op: torch._ops.OpOverload, key: str, theirs: frozenset[str]) -> None:
         self.op = op
         dispatch_key = getattr(torch._C.DispatchKey, key)
         self._key_set = torch._C.DispatchKeySet(dispatch_key)
         self._after = torch._C._dispatch_keyset_full_after(dispatch_key)
         name = op._schema.name + ("" if op._overloadname == "default" else f".{op._overloadname}")
-        registered = name in torch._C._dispatch_get_registrations_for_dispatch_key(key)
+        registered = name in theirs
         self._torch_kernel = torch.library.get_kernel(name, key) if registered else None
 
     def as_torch(self, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -194,6 +196,17 @@ def _dot(below: _Below) -> Callable[..., Any]:
     return kernel
 
 
+def _mixed(below: _Below) -> Callable[..., Any]:
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        region = current()
+        if region is None or not region.plan.wide_operations:
+            return below.as_torch(keys, args, kwargs)
+        rest, kwargs = _cast_all(args[1:], kwargs, _widen)
+        return below.parts(keys, (args[0], *rest), kwargs)
+
+    return kernel
+
+
 def _parts(below: _Below) -> Callable[..., Any]:
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         region = current()
@@ -214,6 +227,7 @@ def _promoted(below: _Below) -> Callable[..., Any]:
         _cast_all(args, kwargs, lambda t: seen.append(t) or t)
         if any(t.dtype == torch.float32 for t in seen):
             args, kwargs = _cast_all(args, kwargs, _widen)
+            return below.whole(args, kwargs)
         return below.parts(keys, args, kwargs)
 
     return kernel

@@ -11,7 +11,16 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["COMPOSITE_DOTS", "DOTS", "PROMOTE", "RECURRENT", "WIDE", "WIDE_INSIDE", "overload"]
+__all__ = [
+    "COMPOSITE_DOTS",
+    "DOTS",
+    "MIXED",
+    "PROMOTE",
+    "RECURRENT",
+    "WIDE",
+    "WIDE_INSIDE",
+    "overload",
+]
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -31,10 +40,23 @@ WIDE = _names("""
     upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
     _upsample_bilinear2d_aa _upsample_bicubic2d_aa
-""")
+""") + _names("""
+    cholesky cholesky_inverse cholesky_solve det inverse logdet lu_solve matrix_exp orgqr ormqr pinverse
+    polar qr slogdet stft stft.center svd trace triangular_solve view_as_complex
+    linalg_cholesky linalg_cholesky_ex linalg_cond linalg_det linalg_eig linalg_eigh linalg_eigvals
+    linalg_eigvalsh linalg_householder_product linalg_inv linalg_inv_ex linalg_lstsq linalg_lu
+    linalg_lu_factor linalg_lu_solve linalg_matrix_exp linalg_matrix_rank linalg_pinv linalg_qr
+    linalg_slogdet linalg_solve linalg_solve_triangular linalg_svd linalg_svdvals linalg_tensorinv
+    linalg_tensorsolve
+    fft_fft fft_fft2 fft_fftn fft_hfft fft_ifft fft_ifft2 fft_ifftn fft_ihfft fft_irfft fft_irfft2
+    fft_irfftn fft_rfft fft_rfft2 fft_rfftn
+""")  # the second group: few devices have 16-bit kernels for these, and torch's CPU lists have them
 
 # Those of them whose own 16-bit kernels compute in FP32 inside: nothing to cast where 16 bits are written.
 WIDE_INSIDE = frozenset(_names("layer_norm group_norm softmax log_softmax"))
+
+# Normalisations that read the activation in its own dtype and all else (affine pair, statistics) in FP32.
+MIXED = _names("batch_norm instance_norm")
 
 # Dot products (rule 1): operands read in the low format, FP32 accumulator, one rounding at the end.
 DOTS = _names("""

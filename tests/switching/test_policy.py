@@ -1,0 +1,234 @@
+"""The op policy against torch's own: its registrations for CUDA autocast, and the lists it tests them with."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from halfstep.switching import policy
+from halfstep.switching.region import current
+from twins import on
+
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What torch registers for CUDA autocast and the tables do not name, and why.
+NOT_IN_THE_TABLES = {
+    "cudnn_convolution": "a CUDA kernel's own name: torch registers it where it exists",
+    "cudnn_convolution_transpose": "likewise",
+    "_thnn_fused_lstm_cell": "likewise",
+    "_thnn_fused_gru_cell": "likewise",
+    "_scaled_dot_product_flash_attention": "likewise",
+    "scaled_dot_product_attention": "emulated as a whole where products are; torch's own elsewhere",
+    "prelu": "torch's CPU autocast lowers it too",
+    "grid_sampler": "promoted by CUDA autocast, FP32 in CPU autocast",
+    "binary_cross_entropy": "CUDA autocast refuses it, CPU autocast computes it in FP32, which is safe",
+}
+# Losses are FP32 in torch's lists of both devices; halfstep leaves them to torch.
+LOSSES = {
+    "binary_cross_entropy_with_logits",
+    "cosine_embedding_loss",
+    "hinge_embedding_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "margin_ranking_loss",
+    "mse_loss",
+    "multi_margin_loss",
+    "multilabel_margin_loss",
+    "nll_loss",
+    "nll_loss2d",
+    "poisson_nll_loss",
+    "smooth_l1_loss",
+    "soft_margin_loss",
+    "triplet_margin_loss",
+}
+# Cases of torch's lists that cannot run here, and why.
+CANNOT_RUN = {
+    "cudnn_convolution": "CUDA only",
+    "cudnn_convolution_transpose": "CUDA only",
+}
+
+
+def registered(key):
+    return {
+        name.removeprefix("aten::")
+        for name in torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    }
+
+
+TABLES = {
+    "wide": policy.WIDE,
+    "mixed": policy.MIXED,
+    "dots": policy.DOTS,
+    "composite": policy.COMPOSITE_DOTS,
+    "recurrent": policy.RECURRENT,
+    "promote": policy.PROMOTE,
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_name_is_an_operation_of_this_torch(table):
+    assert [name for name in TABLES[table] if policy.overload(name) is None] == []
+
+
+def test_no_operation_is_in_two_classes():
+    names = [name for table in TABLES.values() for name in table]
+    assert sorted(set(names)) == sorted(names)
+
+
+def test_the_tables_cover_cuda_autocast():
+    """An operation that a new torch adds to its lists must be put into a class, or its absence explained."""
+    ours = {name for table in TABLES.values() for name in table}
+    missing = registered("AutocastCUDA") - ours - LOSSES
+    assert missing == set(NOT_IN_THE_TABLES)
+
+
+def test_what_the_tables_leave_to_torch_it_does_on_both_devices():
+    for name in [*LOSSES, "prelu", "grid_sampler"]:
+        assert name in registered("AutocastCUDA"), name
+
+
+def torch_lists():
+    """torch's own test lists; the module wants a package for golden files that is not installed here."""
+    stub = types.ModuleType("expecttest")
+    stub.TestCase = object  # type: ignore[attr-defined]
+    known = sys.modules.get("expecttest")
+    sys.modules.setdefault("expecttest", stub)
+    try:
+        from torch.testing._internal.autocast_test_lists import AutocastTestLists
+    finally:
+        if known is None:
+            del sys.modules["expecttest"]
+    torch.manual_seed(0)
+    return AutocastTestLists("cpu")
+
+
+LISTS = torch_lists()
+WANTED = {
+    "torch_fp16": "low",
+    "nn_fp16": "low",
+    "linalg_fp16": "low",
+    "methods_fp16": "low",
+    "torch_fp32": "fp32",
+    "nn_fp32": "fp32",
+    "methods_fp32": "fp32",
+    "torch_need_autocast_promote": "fp32",  # their operands are one of each
+    "torch_expect_builtin_promote": "own",
+    "methods_expect_builtin_promote": "own",
+}
+CASES = [
+    pytest.param(kind, case, id=f"{kind}-{case[0]}")
+    for kind in WANTED
+    for case in getattr(LISTS, kind)
+    if case[0] not in CANNOT_RUN
+]
+
+
+def callee(kind, name, first):
+    if kind.startswith("methods"):
+        return lambda *rest, **kw: getattr(first, name)(*rest[1:], **kw)
+    for place in (torch, torch._C._nn, torch.linalg, torch.Tensor):
+        found = getattr(
+            place, name.removeprefix("linalg_") if place is torch.linalg else name, None
+        )
+        if found is not None:
+            return found
+    raise AssertionError(name)
+
+
+def with_low(value, low):
+    if isinstance(value, torch.Tensor):
+        return value.to(low) if value.dtype == torch.float16 else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(with_low(v, low) for v in value)
+    return value
+
+
+class InRegion(nn.Module):
+    """Runs a function in its forward, and gives what it gave by the back door: outputs leave in FP32."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, function):
+        assert current() is not None
+        self.found = function()
+
+
+def in_region(recipe, function):
+    model = InRegion()
+    on(model, recipe)
+    model(function)
+    return model.found
+
+
+@pytest.mark.filterwarnings("ignore:torch.chain_matmul is deprecated")
+@pytest.mark.filterwarnings("ignore:Using torch.cross without specifying the dim")
+@pytest.mark.parametrize("recipe", LOW)
+@pytest.mark.parametrize("kind, case", CASES)
+def test_each_operation_of_torchs_lists_gives_the_dtype_it_should(recipe, kind, case):
+    low = LOW[recipe]
+    name, args = case[0], with_low(case[1], low)
+    more = case[2] if len(case) > 2 and isinstance(case[2], dict) else {}
+    if (
+        name == "einsum"
+    ):  # the equation stands among the operands in torch's list, which never ran it
+        args = ("bk,kq->bq", torch.randn(8, 8), torch.randn(8, 8))
+    wanted = {"low": low, "fp32": torch.float32, "own": case[2] if len(case) > 2 else None}
+    out = in_region(recipe, lambda: callee(kind, name, args[0])(*args, **more))
+    out = out[0] if isinstance(out, (tuple, list)) else out
+    if isinstance(out, bool):  # torch.equal
+        return
+    assert out.dtype == wanted[WANTED[kind]]
+
+
+@pytest.mark.parametrize("recipe", LOW)
+@pytest.mark.parametrize("operands", ["both 16 bits", "both fp32"])
+def test_promoted_operations_keep_operands_of_one_dtype(recipe, operands):
+    dtype = LOW[recipe] if operands == "both 16 bits" else torch.float32
+    a, b = torch.randn(6).to(dtype), torch.randn(6).to(dtype)
+    for function in (torch.dot, torch.vdot, torch.atan2):
+        assert in_region(recipe, lambda f=function: f(a, b)).dtype == dtype
+
+
+@pytest.mark.parametrize("recipe", LOW)
+def test_wide_operations_compute_in_fp32(recipe):
+    """Not only is the result FP32: nothing inside was rounded to 16 bits."""
+    low = LOW[recipe]
+    x = torch.randn(64, generator=torch.Generator().manual_seed(1)).to(low)
+    wide = x.float()
+    for function in (
+        torch.exp,
+        torch.sum,
+        torch.logsumexp,
+        torch.cumsum,
+        torch.softmax,
+        torch.norm,
+        torch.rsqrt,
+    ):
+        axis = (0,) if function in (torch.logsumexp, torch.cumsum, torch.softmax) else ()
+        low_in = x.abs() if function is torch.rsqrt else x
+        wide_in = wide.abs() if function is torch.rsqrt else wide
+        expected = function(wide_in, *axis)
+        assert torch.equal(
+            in_region(recipe, lambda f=function, a=axis, v=low_in: f(v, *a)), expected
+        )
+
+
+@pytest.mark.parametrize("recipe", LOW)
+def test_layer_norm_and_batch_norm(recipe):
+    low = LOW[recipe]
+    x = torch.randn(4, 8).to(low)
+    one, zero = torch.ones(8), torch.zeros(8)
+    norm = torch.nn.functional.layer_norm
+    assert (
+        in_region(recipe, lambda: norm(x, (8,), one.to(low), zero.to(low))).dtype == torch.float32
+    )
+    batch = torch.nn.functional.batch_norm
+    found = in_region(
+        recipe, lambda: batch(x, zero.clone(), one.clone(), one.to(low), zero.to(low), True)
+    )
+    assert found.dtype == low
