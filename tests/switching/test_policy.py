@@ -1,4 +1,4 @@
-"""The op policy against torch's own: its registrations for CUDA autocast, and the lists it tests them with."""
+"""The op policy against torch: its registrations for CUDA autocast, and the lists it tests them with."""
 
 import sys
 import types
