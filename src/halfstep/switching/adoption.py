@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from halfstep.switching.hooks import unscaled_backward_hooks
 from halfstep.switching.region import LazyParameters, current, keeps_fp32
 
 __all__ = ["Runner", "adopt", "fingerprint", "release", "working_dtypes"]
@@ -40,32 +41,39 @@ class _Call:
         self.recurrent = isinstance(module, nn.RNNBase)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self._with_flat_weights if self.recurrent else self.inner
+        state = self.module.__dict__
+        hooked = state["_backward_hooks"] or state["_backward_pre_hooks"]
+        call = self._equipped if self.recurrent or hooked else self.inner
         if current() is not None:
             return call(*args, **kwargs)
         return self.owners[0].run(self.module, call, args, kwargs)
 
-    def _with_flat_weights(self, *args: Any, **kwargs: Any) -> Any:
-        """Recurrent layers keep a list of weights beside ``_parameters``: working copies go there too."""
-        module: Any = self.module
-        names = module._flat_weights_names
-        kept = {k: module.__dict__[k] for k in _FLAT if k in module.__dict__}
-        copies = [getattr(module, name, None) for name in names]
-        module.__dict__["_flat_weights"] = copies
-        module.__dict__["_flat_weight_refs"] = [
-            None if c is None else weakref.ref(c) for c in copies
-        ]
+    def _equipped(self, *args: Any, **kwargs: Any) -> Any:
+        """Called with what this module keeps beside ``_parameters`` as the region needs it."""
+        state = self.module.__dict__
+        region = current()
+        needed = {}
+        if self.recurrent:
+            needed |= _lowered_flat_weights(self.module)
+        if region is not None and region.lowers_through_boundary:
+            needed |= unscaled_backward_hooks(self.module, region.gate)
+        kept = {name: state[name] for name in needed if name in state}
+        state.update(needed)
         try:
             return self.inner(*args, **kwargs)
         finally:
-            module.__dict__.update(kept)
+            state.update(kept)
 
     def __reduce__(self) -> Any:
         # What a copied or unpickled module gets: its own class's method. The file names no halfstep.
         return getattr, (self.module, "_call_impl")
 
 
-_FLAT = ("_flat_weights", "_flat_weight_refs")
+def _lowered_flat_weights(module: Any) -> dict[str, Any]:
+    """Recurrent layers keep a list of weights beside ``_parameters``: working copies go there too."""
+    copies = [getattr(module, name, None) for name in module._flat_weights_names]
+    refs = [None if c is None else weakref.ref(c) for c in copies]
+    return {"_flat_weights": copies, "_flat_weight_refs": refs}
 
 
 def adopt(root: nn.Module, runner: Runner) -> list[nn.Module]:

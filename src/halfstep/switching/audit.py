@@ -2,8 +2,13 @@
 
 A gradient inside the region is multiplied by the loss scale. Should the graph reach a tensor outside by
 any way but the boundary, its gradient would be wrong by the scale with no other sign of it: the one
-failure that the design must make impossible. Both directions are checked on first calls, after every
-change of the module tree, and then on calls 2, 4, 8, 16 ...
+failure that the design must make impossible.
+
+From the loss to the boundary every backward is walked. The region's own graph is walked on first calls,
+after every change of the module tree, on calls 2, 4, 8, 16 ..., and whenever it has another shape than
+those that were walked before: another number of nodes, or outputs of other dtypes. An FP32 tensor that
+comes in past the boundary shows in one or the other: it is cast by the operation that reads it, which
+makes a node, or makes that operation's result FP32, up to the next cast or the output.
 """
 
 from __future__ import annotations
@@ -17,9 +22,11 @@ import torch
 from torch import Tensor
 
 from halfstep.errors import ScaledGradientError
-from halfstep.switching.boundary import BOUNDARY_NODES
+from halfstep.switching.boundary import INWARD, OUTWARD, Gate
 
-__all__ = ["Intervals", "Schedule", "check_forward", "check_roots"]
+__all__ = ["Intervals", "Schedule", "check_forward", "check_roots", "check_wanted", "has_left"]
+
+_SHAPES_KEPT = 4096
 
 
 def _references(node: Any) -> int:
@@ -38,20 +45,27 @@ _GRAPH_ONLY = _held_by_the_graph_only()
 
 
 class Schedule:
-    """True on the first calls, after `restart`, and then ever more rarely: 1, 2, 3, 4, 8, 16 ..."""
+    """True on the first calls, after `restart`, for each new shape, and then ever more rarely."""
 
-    __slots__ = ("_calls",)
+    __slots__ = ("_calls", "_shapes")
 
     def __init__(self) -> None:
         self._calls = 0
+        self._shapes: set[object] = set()
 
     def restart(self) -> None:
         """Begin again: something has changed."""
         self._calls = 0
+        self._shapes.clear()
 
-    def due(self) -> bool:
-        """Count one call; True where it is to be audited."""
+    def due(self, shape: object) -> bool:
+        """Count one call whose graph has this shape; True where it is to be audited."""
         self._calls += 1
+        if shape not in self._shapes:
+            if len(self._shapes) >= _SHAPES_KEPT:
+                self._shapes.clear()
+            self._shapes.add(shape)
+            return True
         return self._calls <= 3 or self._calls & (self._calls - 1) == 0
 
 
@@ -80,6 +94,7 @@ class Intervals:
 def check_forward(
     outputs: Iterable[Tensor],
     *,
+    gate: Gate,
     first_node: int,
     inside: Intervals,
     inputs: Iterable[Tensor],
@@ -94,12 +109,22 @@ def check_forward(
     """
     known = {id(t) for t in inputs}
     seen: set[Any] = set()
-    stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    # A tensor that has left already may be an output: it is not made to leave again.
+    stack = [t.grad_fn for t in outputs if t.grad_fn is not None and not has_left(t)]
     while stack:
         node = stack.pop()
-        if node in seen or isinstance(node, BOUNDARY_NODES):
+        if node in seen:
             continue
         seen.add(node)
+        if isinstance(node, INWARD) and node.gate is gate:
+            continue
+        if isinstance(node, (*INWARD, *OUTWARD)):
+            what = "of another" if isinstance(node, INWARD) else "or of switch.outside()"
+            raise ScaledGradientError(
+                f"{where}: forward used a tensor that has left the region: an output of an earlier forward "
+                f"of a switched model, {what}. Its gradient would be multiplied by a loss scale twice. "
+                "Pass it to forward as an input, detach it, or use it before it leaves"
+            )
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             if id(leaf) in known:
@@ -126,7 +151,12 @@ def check_forward(
         stack.extend(n for n, _ in node.next_functions if n is not None)
 
 
-def check_roots(roots: Iterable[Tensor], inside: Intervals) -> None:
+def has_left(t: Tensor) -> bool:
+    """True for a tensor that has passed the boundary outwards."""
+    return isinstance(t.grad_fn, OUTWARD)
+
+
+def check_roots(roots: Iterable[Tensor], gate: Gate, inside: Intervals) -> None:
     """Raise `ScaledGradientError` where a backward would enter a region past its boundary."""
     seen: set[Any] = set()
     stack = [
@@ -136,13 +166,15 @@ def check_roots(roots: Iterable[Tensor], inside: Intervals) -> None:
     ]
     while stack:
         node, user = stack.pop()
-        if (
-            node in seen
-            or isinstance(node, BOUNDARY_NODES)
-            or getattr(node, "variable", None) is not None
-        ):
+        if node in seen or isinstance(node, OUTWARD) or getattr(node, "variable", None) is not None:
             continue
         seen.add(node)
+        if isinstance(node, INWARD) and node.gate is gate:
+            raise ScaledGradientError(
+                f"a working copy that was read inside a switched model is used outside of it by {user}: "
+                "its gradient would be divided by a loss scale that it was never multiplied by. Outside "
+                "of forward read the parameter itself, or pass the copy through switch.outside(...)"
+            )
         if node._sequence_nr() in inside:
             raise ScaledGradientError(
                 f"an activation made inside a switched model (the result of {node.name()}) is used "
@@ -151,3 +183,17 @@ def check_roots(roots: Iterable[Tensor], inside: Intervals) -> None:
                 "switch.outside(activation) where it is captured"
             )
         stack.extend((n, node.name()) for n, _ in node.next_functions if n is not None)
+
+
+def check_wanted(wanted: Iterable[Any], inside: Intervals) -> None:
+    """Raise `ScaledGradientError` where a backward is asked for the gradient of an inside activation."""
+    for given in wanted:
+        node = given.grad_fn if isinstance(given, Tensor) else getattr(given, "node", None)
+        if node is None or isinstance(node, OUTWARD) or node._sequence_nr() not in inside:
+            continue
+        raise ScaledGradientError(
+            f"a gradient was asked for with respect to an activation made inside a switched model (the "
+            f"result of {node.name()}): it would come multiplied by the loss scale. Read it in a hook, "
+            "activation.register_hook(f) or module.register_full_backward_hook(f): f is called with the "
+            "true gradient"
+        )

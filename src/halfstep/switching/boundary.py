@@ -27,7 +27,7 @@ from halfstep import ops
 
 _NARROW = (torch.float16, torch.bfloat16)
 
-__all__ = ["BOUNDARY_NODES", "Gate", "enter", "leave", "lower_many"]
+__all__ = ["INWARD", "OUTWARD", "Gate", "enter", "leave", "lower_many", "scaled", "unscaled"]
 
 
 class Gate:
@@ -66,9 +66,13 @@ def _ignore() -> None:
     return None
 
 
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in _NARROW else x.dtype
+
+
 def _wide(x: Tensor) -> Tensor:
     """``x`` as it is scaled: 16-bit numbers in FP32; FP32, FP64 and complex ones as they are."""
-    return x.to(torch.float32) if x.dtype in _NARROW else x
+    return x.to(_wide_dtype(x))
 
 
 class _Enter(Function):
@@ -176,6 +180,16 @@ def leave(x: Tensor, gate: Gate, dtype: torch.dtype) -> Tensor:
     return _Leave.apply(x, gate, 1.0, dtype)  # pyright: ignore[reportReturnType]
 
 
+def unscaled(grad: Tensor, gate: Gate) -> Tensor:
+    """A gradient inside the region as it is outside: over the scale, in FP32 where it was in 16 bits."""
+    return _Leave.apply(grad, gate, gate.scale, _wide_dtype(grad))  # pyright: ignore[reportReturnType]
+
+
+def scaled(grad: Tensor, gate: Gate, dtype: torch.dtype) -> Tensor:
+    """The way back of `unscaled`."""
+    return _Enter.apply(grad, gate, gate.scale, dtype)  # pyright: ignore[reportReturnType]
+
+
 def lower_many(
     masters: list[Tensor], gate: Gate, dtypes: tuple[torch.dtype, ...]
 ) -> tuple[Tensor, ...]:
@@ -183,8 +197,9 @@ def lower_many(
     return _LowerMany.apply(gate, dtypes, *masters)  # pyright: ignore[reportReturnType]
 
 
-# The graph nodes that are allowed to stand between the region and the rest of the graph.
-BOUNDARY_NODES: tuple[type, ...] = tuple(
+# The graph nodes of the boundary, by the way that a forward passes them; each knows its ``gate``.
+INWARD: tuple[type, ...] = tuple(
     f._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
-    for f in (_Enter, _Leave, _LowerMany)
+    for f in (_Enter, _LowerMany)
 )
+OUTWARD: tuple[type, ...] = (_Leave._backward_cls,)  # pyright: ignore[reportAttributeAccessIssue]

@@ -22,8 +22,8 @@ _lock = threading.Lock()
 _users = 0
 _undo: list[Callable[[], None]] = []
 _local = threading.local()
-Listener = Callable[[tuple[Tensor, ...]], None]
-# Called with the roots of each backward before it runs.
+# Called before each backward, with its roots and with what it is to give gradients for.
+Listener = Callable[[tuple[Tensor, ...], tuple[Any, ...]], None]
 _listeners: list[weakref.WeakMethod[Listener]] = []
 
 
@@ -33,7 +33,7 @@ def roots() -> tuple[Tensor, ...]:
 
 
 def install(listener: Listener) -> Callable[[], None]:
-    """Have ``listener``, a method, called with the roots of every backward; returns what ends it.
+    """Have ``listener``, a method, called before every backward; returns what ends it.
 
     The method's object is not kept alive.
     """
@@ -60,15 +60,17 @@ def install(listener: Listener) -> Callable[[], None]:
 def _patch_engine() -> Callable[[], None]:
     original = torch.autograd._engine_run_backward  # pyright: ignore[reportPrivateImportUsage]
 
-    def run_backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    def run_backward(
+        tensors: Any, grads: Any, keep: Any, create: Any, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         before = roots()
         _local.roots = tuple(t for t in tensors if isinstance(t, Tensor))
         try:
             for weak in tuple(_listeners):
                 listener = weak()
                 if listener is not None:
-                    listener(_local.roots)
-            return original(tensors, *args, **kwargs)
+                    listener(_local.roots, tuple(inputs))
+            return original(tensors, grads, keep, create, inputs, *args, **kwargs)
         finally:
             _local.roots = before
 

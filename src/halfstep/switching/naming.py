@@ -36,7 +36,7 @@ def describe(
 
 
 def _hidden(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in the plain attributes of the model's modules: lists, dicts, modules within them."""
+    """Tensors in the plain attributes of the model's modules: lists, dicts, objects, modules in them."""
     for prefix, module in model.named_modules():
         for key, value in vars(module).items():
             if not key.startswith("_"):
@@ -55,3 +55,6 @@ def _inside(path: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
     elif depth and isinstance(value, dict):
         for k, v in value.items():
             yield from _inside(f"{path}[{k!r}]", v, depth - 1)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, type):
+        for k, v in vars(value).items():
+            yield from _inside(f"{path}.{k}", v, depth - 1)

@@ -13,9 +13,16 @@ from torch.optim import Optimizer
 
 from halfstep.errors import OperandError, SwitchError
 from halfstep.recipe import Recipe, ScalingKind
-from halfstep.switching import engine, overrides
+from halfstep.switching import engine, hooks, overrides
 from halfstep.switching.adoption import adopt, fingerprint, release, working_dtypes
-from halfstep.switching.audit import Intervals, Schedule, check_forward, check_roots
+from halfstep.switching.audit import (
+    Intervals,
+    Schedule,
+    check_forward,
+    check_roots,
+    check_wanted,
+    has_left,
+)
 from halfstep.switching.boundary import enter, leave
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.guard import Guard
@@ -102,7 +109,6 @@ class Switch:
         self._gate = self.ledger.gate
         self._inside = Intervals()
         self._schedules: dict[int, Schedule] = {}
-        self._backward_schedule = Schedule()
         self._fingerprints: dict[int, int] = {}
         self._adopted: list[nn.Module] = []
         self._buckets = Buckets([])
@@ -112,6 +118,8 @@ class Switch:
             self._back_to_fp32 = become_half(model, optimizers)
         if self.plan.active:
             self._machinery = [overrides.install(self.plan), engine.install(self._before_backward)]
+            if self._scaled:
+                self._machinery.append(hooks.install(self._gate, self._inside))
             self._adopt(model)
         _uninstall_dropped()
         self._when_dropped = weakref.finalize(self, _dropped.append, self._machinery)
@@ -263,7 +271,7 @@ class Switch:
             schedule = self._schedules.setdefault(id(module), Schedule())
             if changed:
                 schedule.restart()
-            if schedule.due():
+            if schedule.due(_shape(region, out)):
                 audit(out, region, ())
         return map_tensors(out, lambda t: self._leave(t, region))
 
@@ -287,6 +295,8 @@ class Switch:
         dtype = torch.float32 if t.dtype in _NARROW else t.dtype
         if t.grad_fn is None or torch.is_inference_mode_enabled():
             return t.to(dtype)
+        if has_left(t):
+            return t
         with torch.enable_grad():
             if self._scaled:
                 return leave(t, region.gate, dtype)
@@ -302,6 +312,7 @@ class Switch:
         where = next((n for n, m in self.model.named_modules() if m is module), "")
         check_forward(
             tensors_in(out),
+            gate=self._gate,
             first_node=region.first_node,
             inside=self._inside,
             inputs=tensors_in(given),
@@ -321,14 +332,15 @@ class Switch:
         if self._fingerprints.get(id(root)) == fingerprint(root):
             return False
         self._adopt(root)
-        self._backward_schedule.restart()
         return True
 
     # -- backward and step --------------------------------------------------------------------------
 
-    def _before_backward(self, roots: tuple[Tensor, ...]) -> None:
-        if self._scaled and self._backward_schedule.due():
-            check_roots(roots, self._inside)
+    def _before_backward(self, roots: tuple[Tensor, ...], wanted: tuple[Any, ...]) -> None:
+        if not self._scaled or torch._C._current_graph_task_id() != -1:
+            return  # within a backward: a checkpoint's own, from the inside
+        check_roots(roots, self._gate, self._inside)
+        check_wanted(wanted, self._inside)
 
     def name_of(self, parameter: Tensor) -> str:
         """The parameter's name in the model; its shape where it is not the model's."""
@@ -351,6 +363,12 @@ class Switch:
             for p in parameters:
                 if id(p) in own and p.dtype == torch.float32:
                     p.copy_(p.half())
+
+
+def _shape(region: Region, out: Any) -> object:
+    """What tells a region's graph from another: how many nodes, and what they come to."""
+    nodes = (region.last_node or region.first_node) - region.first_node
+    return nodes, *(t.dtype for t in tensors_in(out))
 
 
 def _has_graph(value: Any) -> bool:
