@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.errors import SwitchError
+from halfstep.switching import fast_path
 from halfstep.switching.boundary import Gate, lower_many
 from halfstep.switching.emulated import Emulator
 from halfstep.switching.plan import Plan
@@ -190,15 +191,13 @@ class Region:
     def opened(self) -> Iterator[None]:
         """Open on this thread until the block is left, whatever leaves it."""
         before = getattr(_local, "region", None)
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        # Its fused encoder kernel reads the masters and knows no autocast.
-        torch.backends.mha.set_fastpath_enabled(False)
+        fast_path.forbid()
         _local.region = self
         try:
             yield
         finally:
             _local.region = before
-            torch.backends.mha.set_fastpath_enabled(fast_path)
+            fast_path.allow()
 
     def again(self) -> Region:
         """A region like this one for a recomputation: same plan and gate, working copies made anew."""
