@@ -14,6 +14,7 @@ makes a node, or makes that operation's result FP32, up to the next cast or the 
 from __future__ import annotations
 
 import sys
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -69,10 +70,11 @@ class Schedule:
         return self._calls <= 3 or self._calls & (self._calls - 1) == 0
 
 
-class Intervals:
-    """Which graph nodes were made inside a region: torch numbers the nodes of a thread in order."""
+class Intervals(threading.local):
+    """Which graph nodes were made inside a region: torch numbers the nodes of each thread in order.
 
-    __slots__ = ("_ends", "_keep", "_starts")
+    Each thread sees its own: the numbers of another's nodes would say nothing.
+    """
 
     def __init__(self, keep: int = 4096) -> None:
         self._starts: list[int] = []
