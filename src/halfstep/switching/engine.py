@@ -27,9 +27,17 @@ Listener = Callable[[tuple[Tensor, ...], tuple[Any, ...]], None]
 _listeners: list[weakref.WeakMethod[Listener]] = []
 
 
+# The roots of the backward that began last on any thread.
+_latest: tuple[Tensor, ...] = ()
+
+
 def roots() -> tuple[Tensor, ...]:
-    """The tensors whose backward is running on this thread (the loss), or the last ones."""
-    return getattr(_local, "roots", ())
+    """The tensors whose backward is running (the loss).
+
+    On a thread of torch's own, which runs a CUDA device's part of a backward, those of the last one begun.
+    """
+    mine: tuple[Tensor, ...] | None = getattr(_local, "roots", None)
+    return _latest if mine is None else mine
 
 
 def install(listener: Listener) -> Callable[[], None]:
@@ -63,8 +71,9 @@ def _patch_engine() -> Callable[[], None]:
     def run_backward(
         tensors: Any, grads: Any, keep: Any, create: Any, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        before = roots()
-        _local.roots = tuple(t for t in tensors if isinstance(t, Tensor))
+        global _latest
+        before = getattr(_local, "roots", None)
+        _latest = _local.roots = tuple(t for t in tensors if isinstance(t, Tensor))
         try:
             for weak in tuple(_listeners):
                 listener = weak()
@@ -73,6 +82,8 @@ def _patch_engine() -> Callable[[], None]:
             return original(tensors, grads, keep, create, inputs, *args, **kwargs)
         finally:
             _local.roots = before
+            if before is None:
+                _latest = ()  # a loss is not kept alive
 
     torch.autograd._engine_run_backward = run_backward  # pyright: ignore[reportPrivateImportUsage]
 

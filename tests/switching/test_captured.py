@@ -1,0 +1,165 @@
+"""Activations that leave forward by a side door, and outputs of every kind: right, or an error."""
+
+import pytest
+import torch
+from torch import nn
+
+from against_fp32 import PER_LAYER, assert_close, batch, both, gradients, mlp
+from halfstep.errors import ScaledGradientError
+
+X, Y = batch()
+RECIPE = "fp16:initial=8192"
+
+
+class Net(nn.Module):
+    """A switched model with room for mischief."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def mse(out):
+    return (out - Y).square().mean()
+
+
+def fails(make, text, program):
+    with pytest.raises(ScaledGradientError, match=text):
+        both(program, RECIPE, make)
+    wanted, got = both(program, "bf16", make)  # at scale 1 there is nothing to leak
+    assert_close(got, wanted, "bf16", 6 * PER_LAYER)
+
+
+def holds(make, program, roundings=3 * PER_LAYER):
+    for recipe in ("bf16", RECIPE):
+        wanted, got = both(program, recipe, make)
+        assert_close(got, wanted, recipe, roundings)
+
+
+class Featured(Net):
+    def forward(self, x):
+        self.feature = self.net[:2](x)
+        return self.net[2:](self.feature)
+
+
+def feature_loss(model, optimizer, switch):
+    (mse(model(X)) + model.feature.float().square().mean()).backward()
+    return gradients(model)
+
+
+def test_an_activation_kept_in_an_attribute_and_used_outside_is_an_error_that_names_the_operation():
+    fails(
+        Featured,
+        r"an activation made inside a switched model \(the result of TanhBackward0\) is used outside of "
+        r"it by \w+: .*switch\.outside\(activation\)",
+        feature_loss,
+    )
+
+
+def test_an_activation_caught_by_a_forward_hook_and_used_outside_is_an_error():
+    def program(model, optimizer, switch):
+        caught = []
+        model.net[1].register_forward_hook(lambda m, i, o: caught.append(o))
+        out = model(X)
+        (mse(out) + caught[0].float().abs().mean()).backward()
+        return gradients(model)
+
+    fails(Net, r"\(the result of TanhBackward0\) is used outside", program)
+
+
+def test_outside_makes_a_captured_activation_right():
+    class Teaching(Net):
+        keep = staticmethod(lambda h: h)
+
+        def forward(self, x):
+            h = self.net[:2](x)
+            self.feature = self.keep(h)
+            return self.net[2:](h)
+
+    def program(model, optimizer, switch):
+        model.keep = switch.outside
+        out = model(X)
+        assert model.feature.dtype == torch.float32
+        (mse(out) + model.feature.square().mean()).backward()
+        return gradients(model)
+
+    def hooked(model, optimizer, switch):
+        caught = []
+        model.net[1].register_forward_hook(lambda m, i, o: caught.append(switch.outside(o)))
+        (mse(model(X)) + caught[0].square().mean()).backward()
+        return gradients(model)
+
+    holds(Teaching, program)
+    holds(Teaching, hooked)
+
+
+def test_what_went_outside_may_be_returned_but_not_used_inside_again():
+    class Both(Net):
+        keep = staticmethod(lambda h: h)
+        inside = False
+
+        def forward(self, x):
+            h = self.net[:2](x)
+            left = self.keep(h)
+            return self.net[2:](left if self.inside else h), left
+
+    def program(model, optimizer, switch):
+        model.keep = switch.outside
+        out, left = model(X)
+        (mse(out) + left.square().mean()).backward()
+        return gradients(model)
+
+    holds(Both, program)
+
+    class Back(Both):
+        inside = True
+
+    fails(Back, r"has left the region", program)
+
+
+def test_a_working_copy_kept_and_used_outside_is_an_error():
+    class Keeping(Net):
+        def forward(self, x):
+            self.kept = [self.net[0].weight]
+            return self.net(x)
+
+    def program(model, optimizer, switch):
+        (mse(model(X)) + model.kept[0].float().square().sum()).backward()
+        return gradients(model)
+
+    fails(Keeping, r"a working copy .* is used outside of it by \w+", program)
+
+
+def test_gradients_of_inside_activations_are_refused_where_they_are_asked_for():
+    """Grad-CAM: torch.autograd.grad with respect to a captured activation."""
+
+    def program(model, optimizer, switch):
+        out = model(X)
+        (g,) = torch.autograd.grad(out[:, 0].sum(), model.feature)
+        return {"g": g.float()}
+
+    fails(
+        Featured, r"gradient .* with respect to an activation made inside .*TanhBackward0", program
+    )
+
+
+@pytest.mark.parametrize("form", ["outputs", "passthrough", "parameter"])
+def test_outputs_of_every_kind_are_right(form):
+    class Giving(Net):
+        def forward(self, x):
+            if form == "outputs":
+                h = self.net[:2](x)
+                return self.net[2:](h), h
+            return self.net(x), (x if form == "passthrough" else self.net[0].weight)
+
+    def program(model, optimizer, switch):
+        x = X.clone().requires_grad_()
+        out, other = model(x)
+        assert other.dtype == torch.float32
+        (mse(out) + (3.0 * other).square().mean()).backward()
+        return {"x": x.grad, **gradients(model)}
+
+    holds(Giving, program)
