@@ -111,7 +111,7 @@ class Guard:
             return
         if not self._nonfinite:
             for owner in self._owners:
-                owner.round_masters(h.parameter for h in self._held())
+                owner.round_masters(p for g in self.optimizer.param_groups for p in g["params"])
         self._report(self._nonfinite)
 
     def _report(self, nonfinite: list[tuple[_Held, int]]) -> None:
@@ -123,9 +123,8 @@ class Guard:
 
     def _held(self) -> list[_Held]:
         """The parameters that the optimizer holds now and has a gradient for."""
-        kind = type(self.optimizer).__name__
         return [
-            _Held(p, f"parameter {k} of group {g} of {kind}")
+            _Held(p, g, k, self.optimizer)
             for g, group in enumerate(self.optimizer.param_groups)
             for k, p in enumerate(group["params"])
             if p.grad is not None
@@ -177,7 +176,7 @@ class Guard:
             for ledger in ledgers:
                 ledger.check_losses()
             held = self._held()
-            looked_at = [h for h in held if not self._is_known_finite(h.parameter)]
+            looked_at = self._not_known_finite(held)
             counts = ops.count_nonfinite([h.parameter.grad for h in looked_at])  # pyright: ignore[reportArgumentType]
             nonfinite = [(h, n) for h, n in zip(looked_at, counts, strict=True) if n]
             if nonfinite and all(ledger.at_floor() for ledger in ledgers):
@@ -189,11 +188,14 @@ class Guard:
             raise
         return nonfinite
 
-    def _is_known_finite(self, parameter: Tensor) -> bool:
-        """True where the backward has counted, and nothing can have written to the gradient since."""
+    def _not_known_finite(self, held: list[_Held]) -> list[_Held]:
+        """Those whose gradient the backward has not counted, or that may have been written to since."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return False  # collectives write to a tensor without telling it: all_reduce(p.grad)
-        return any(owner.ledger.gate.count(parameter) == 0 for owner in self._owners)
+            return held  # collectives write to a tensor without telling it: all_reduce(p.grad)
+        for owner in self._owners:
+            count = owner.ledger.gate.count
+            held = [h for h in held if count(h.parameter) != 0]
+        return held
 
     def _hide(self) -> Optimizer:
         """The stand-in of a step that is skipped; gradients are put away until `_after`."""
@@ -211,12 +213,20 @@ class _Held(NamedTuple):
     """A parameter with a gradient, and where the optimizer keeps it."""
 
     parameter: Tensor
-    position: str
+    group: int
+    index: int
+    optimizer: Optimizer
+
+    def name(self, known: dict[int, str]) -> str:
+        """Its name in a model, or else its place in the optimizer."""
+        kind = type(self.optimizer).__name__
+        place = f"parameter {self.index} of group {self.group} of {kind}"
+        return known.get(id(self.parameter), place)
 
 
 def _names(owner: Owner, held: Iterable[_Held]) -> list[str]:
     known = owner.names()
-    return [known.get(id(h.parameter), h.position) for h in held]
+    return [h.name(known) for h in held]
 
 
 def _by_name(owners: Iterable[Owner], nonfinite: list[tuple[_Held, int]]) -> dict[str, int]:
@@ -225,7 +235,7 @@ def _by_name(owners: Iterable[Owner], nonfinite: list[tuple[_Held, int]]) -> dic
     known: dict[int, str] = {}
     for owner in owners:
         known = {**owner.names(), **known}
-    return {known.get(id(h.parameter), h.position): n for h, n in nonfinite}
+    return {h.name(known): n for h, n in nonfinite}
 
 
 def _is_nested(optimizer: Optimizer, step: types.FrameType) -> bool:
