@@ -20,7 +20,7 @@ from halfstep.errors import SwitchError
 from halfstep.format import Format
 from halfstep.switching.products import convolve, matmul, rows, wide_rows
 
-__all__ = ["Emulator", "attention", "dot"]
+__all__ = ["Carriers", "Emulator", "attention", "dot"]
 
 _CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -49,12 +49,56 @@ class Emulator:
         return t.to(self.low) if t.dtype == torch.float32 else t
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a @ b`` of FP32 carriers in this accumulator; FP32, not rounded to the store format."""
-        return matmul(a, b, self.accumulate)
+        """``a @ b`` in this accumulator, operands rounded first; FP32, not rounded to the store format."""
+        carriers = Carriers(self)
+        a, b = carriers.of(a), carriers.of(b)
+        with carriers.kept_low():
+            return matmul(a, b, self.accumulate)
 
     def rows(self, a: Tensor, b: Tensor) -> Tensor:
         """``a @ b.T`` of FP32 carriers (M, K) and (N, K), likewise; without a graph."""
         return wide_rows(a, b, self.accumulate)
+
+
+class Carriers:
+    """Operands of one product as FP32 carriers, of which a graph keeps the 16-bit originals.
+
+    A carrier is on the low dtype's grid, so what it was made of says all: the backward makes it again,
+    and activations are held in 16 bits as on hardware that has the format.
+    """
+
+    __slots__ = ("_emulator", "_lows")
+
+    def __init__(self, emulator: Emulator) -> None:
+        self._emulator = emulator
+        self._lows: dict[int, Tensor] = {}
+
+    def of(self, t: Tensor) -> Tensor:
+        """``t`` on the low dtype's grid, carried in FP32."""
+        if t.dtype not in _CASTABLE:
+            return t
+        low = t.to(self._emulator.low)
+        carrier = low.to(torch.float32)
+        self._lows[carrier.untyped_storage().data_ptr()] = low.detach()
+        return carrier
+
+    def kept_low(self) -> Any:
+        """A context in which the graph keeps originals for carriers, and views of them."""
+        lows = self._lows
+
+        def pack(t: Tensor) -> Any:
+            low = lows.get(t.untyped_storage().data_ptr())
+            if low is None or t.dtype != torch.float32:
+                return t
+            return low, t.size(), t.stride(), t.storage_offset()
+
+        def unpack(kept: Any) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            low, size, stride, offset = kept
+            return low.to(torch.float32).as_strided(size, stride, offset)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def attention(
@@ -75,7 +119,7 @@ def attention(
     operand of the second product (Dao et al., arXiv 2205.14135, algorithm 1).
     Shapes: query (..., heads, L, E), key (..., heads, S, E), value (..., heads, S, Ev).
     """
-    q, k, v = (emulator.operand(t) for t in (query, key, value))
+    q, k, v = (emulator.lowered(t) for t in (query, key, value))
     if enable_gqa:
         k = k.repeat_interleave(q.size(-3) // k.size(-3), -3)
         v = v.repeat_interleave(q.size(-3) // v.size(-3), -3)
@@ -92,7 +136,7 @@ def attention(
     probabilities = torch.softmax(scores, dim=-1)
     if dropout_p > 0.0:
         probabilities = F.dropout(probabilities, dropout_p)
-    return emulator.store(emulator.matmul(emulator.operand(probabilities), v))
+    return emulator.store(emulator.matmul(probabilities, v))
 
 
 def dot(
@@ -122,10 +166,10 @@ def dot(
         return emulator.store(otherwise())
     wide = emulator.operand
     if name in ("bmm", "matmul", "mv"):
-        return emulator.store(emulator.matmul(wide(args[0]), wide(args[1])))
+        return emulator.store(emulator.matmul(args[0], args[1]))
     if name in ("addmm", "baddbmm", "addmv"):
         beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
-        added = emulator.matmul(wide(args[1]), wide(args[2]))
+        added = emulator.matmul(args[1], args[2])
         return emulator.store(beta * wide(args[0]) + alpha * added)
     if name in ("conv1d", "conv2d") and not isinstance(args[4] if len(args) > 4 else 0, str):
         values: Any = (*args, None)[: max(3, len(args))]

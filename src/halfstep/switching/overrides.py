@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.library import Library
 
 from halfstep.switching import policy
-from halfstep.switching.emulated import attention, dot
+from halfstep.switching.emulated import Carriers, attention, dot
 from halfstep.switching.plan import Plan
 from halfstep.switching.recurrent import recurrent_layers
 from halfstep.switching.region import current
@@ -187,8 +187,10 @@ def _dot(below: _Below) -> Callable[..., Any]:
             return below.whole(args, kwargs)
 
         def carried() -> Tensor:
-            wide_args, wide_kwargs = _cast_all(args, kwargs, emulator.operand)
-            return below.op(*wide_args, **wide_kwargs)
+            carriers = Carriers(emulator)
+            wide_args, wide_kwargs = _cast_all(args, kwargs, carriers.of)
+            with carriers.kept_low():
+                return below.op(*wide_args, **wide_kwargs)
 
         with below.shut():
             return dot(emulator, below.op, args, kwargs, carried)

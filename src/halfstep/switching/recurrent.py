@@ -397,16 +397,16 @@ def _projected(
     w_ih, w_hh, w_hr = own[0], own[1], own[-1]
     wide = emulator.operand
     rows: dict[int, Tensor] = {}
-    gates_x = emulator.matmul(wide(x), wide(w_ih).t())
+    gates_x = emulator.matmul(x, w_ih.t())
     if b_ih is not None and b_hh is not None:
         gates_x = gates_x + b_ih.float() + b_hh.float()
     for start, n in steps.order():
-        z = gates_x[start : start + n] + emulator.matmul(wide(h[:n]), wide(w_hh).t())
+        z = gates_x[start : start + n] + emulator.matmul(h[:n], w_hh.t())
         i, f, new, o = wide(emulator.store(z)).chunk(4, 1)
         state = torch.sigmoid(f) * c[:n].float() + torch.sigmoid(i) * torch.tanh(new)  # pyright: ignore[reportOptionalSubscript]
         cell = emulator.store(state)
         out = emulator.store(torch.sigmoid(o) * torch.tanh(cell.float()))
-        out = emulator.store(emulator.matmul(wide(out), wide(w_hr).t()))
+        out = emulator.store(emulator.matmul(out, w_hr.t()))
         h = torch.cat([out, h[n:]])
         c = torch.cat([cell, c[n:]])  # pyright: ignore[reportOptionalSubscript]
         rows[start] = out
