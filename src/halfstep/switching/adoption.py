@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from halfstep.switching.hooks import unscaled_backward_hooks
+from halfstep.switching.module_hooks import Forward
 from halfstep.switching.region import LazyParameters, current, keeps_fp32
 
 __all__ = ["Runner", "adopt", "fingerprint", "release", "working_dtypes"]
@@ -41,24 +41,17 @@ class _Call:
         self.recurrent = isinstance(module, nn.RNNBase)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        state = self.module.__dict__
-        hooked = state["_backward_hooks"] or state["_backward_pre_hooks"]
-        call = self._equipped if self.recurrent or hooked else self.inner
+        call = self._with_flat_weights if self.recurrent else self.inner
         if current() is not None:
             return call(*args, **kwargs)
         return self.owners[0].run(self.module, call, args, kwargs)
 
-    def _equipped(self, *args: Any, **kwargs: Any) -> Any:
-        """Called with what this module keeps beside ``_parameters`` as the region needs it."""
+    def _with_flat_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """Recurrent layers keep a list of weights beside ``_parameters``: working copies go there too."""
         state = self.module.__dict__
-        region = current()
-        needed = {}
-        if self.recurrent:
-            needed |= _lowered_flat_weights(self.module)
-        if region is not None and region.lowers_through_boundary:
-            needed |= unscaled_backward_hooks(self.module, region.gate)
-        kept = {name: state[name] for name in needed if name in state}
-        state.update(needed)
+        copies = _lowered_flat_weights(self.module)
+        kept = {name: state[name] for name in copies if name in state}
+        state.update(copies)
         try:
             return self.inner(*args, **kwargs)
         finally:
@@ -103,6 +96,9 @@ def release(module: nn.Module, runner: Runner) -> None:
     call.owners.remove(runner)
     if not call.owners:
         del module.__dict__["_call_impl"]
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, Forward):
+            forward.remove()
         lazy = module.__dict__["_parameters"]
         if isinstance(lazy, LazyParameters):
             module.__dict__["_parameters"] = lazy.plain()

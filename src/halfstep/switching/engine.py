@@ -1,4 +1,4 @@
-"""Where torch's own machinery is met: the entry of the autograd engine, and activation checkpointing.
+"""Where torch's own machinery is met: the autograd engine's entry, checkpointing, backward hooks.
 
 Installed while a switch is on, taken away with the last one.
 """
@@ -14,6 +14,7 @@ import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor
 
+from halfstep.switching import module_hooks
 from halfstep.switching.region import reopening
 
 __all__ = ["install", "roots"]
@@ -49,7 +50,7 @@ def install(listener: Listener) -> Callable[[], None]:
     weak = weakref.WeakMethod(listener)
     with _lock:
         if _users == 0:
-            _undo.extend([_patch_engine(), _patch_checkpoint()])
+            _undo.extend([_patch_engine(), _patch_checkpoint(), module_hooks.install()])
         _users += 1
         _listeners.append(weak)
 

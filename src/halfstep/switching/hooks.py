@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfstep.errors import ScaledGradientError
 from halfstep.switching.audit import Intervals
 from halfstep.switching.boundary import OUTWARD, Gate, scaled, unscaled
 from halfstep.switching.region import current
 
-__all__ = ["install", "unscaled_backward_hooks"]
+__all__ = ["install"]
 
 _lock = threading.Lock()
 _known: list[tuple[Gate, Intervals]] = []
@@ -87,31 +87,3 @@ def _on_true_gradient(hook: Callable[[Tensor], Any], gate: Gate) -> Callable[[Te
         return None if given is None else scaled(given, gate, grad.dtype)
 
     return on_scaled
-
-
-def unscaled_backward_hooks(module: nn.Module, gate: Gate) -> dict[str, Any]:
-    """The backward hooks of ``module``, by the attributes that hold them, called with true gradients."""
-
-    def out(grads: Any) -> Any:
-        return tuple(g if g is None else unscaled(g, gate) for g in grads)
-
-    def back(given: Any, like: Any) -> Any:
-        if given is None:
-            return None
-        several = given if isinstance(given, tuple) else (given,)
-        return tuple(
-            new if new is None or old is None else scaled(new, gate, old.dtype)
-            for new, old in zip(several, like, strict=True)
-        )
-
-    def full(hook: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda m, inputs, outputs: back(hook(m, out(inputs), out(outputs)), inputs)
-
-    def pre(hook: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda m, outputs: back(hook(m, out(outputs)), outputs)
-
-    kinds = {"_backward_hooks": full, "_backward_pre_hooks": pre}
-    return {
-        name: type(module.__dict__[name])((k, wrap(h)) for k, h in module.__dict__[name].items())
-        for name, wrap in kinds.items()
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,7 @@ from halfstep.switching.explanation import Explanation
 from halfstep.switching.guard import Guard
 from halfstep.switching.ledger import Ledger
 from halfstep.switching.loss_scale import LossScale, StepReport
+from halfstep.switching.module_hooks import call_leaving, has_hooks_after_forward
 from halfstep.switching.naming import describe, parameter_names
 from halfstep.switching.plain import become_half
 from halfstep.switching.plan import Plan, make_plan
@@ -257,23 +259,28 @@ class Switch:
         audit = functools.partial(self._audit, module)
         region = Region(self.plan, self._gate, self._scaled, self._buckets, audit)
         args, kwargs = map_tensors((args, kwargs), self._enter)
-        try:
-            with (
-                region.opened(),
-                torch.autocast(self.plan.device, dtype=self.plan.low, cache_enabled=False),
-            ):
-                out = call(*args, **kwargs)
-            check_unwritten(region, self.name_of)
-        finally:
-            region.clear()
-        if self._scaled and (torch.is_grad_enabled() or _has_graph(out)):
-            self._inside.add(region.first_node, region.last_node or region.first_node)
-            schedule = self._schedules.setdefault(id(module), Schedule())
-            if changed:
-                schedule.restart()
-            if schedule.due(_shape(region, out)):
-                audit(out, region, ())
-        return map_tensors(out, lambda t: self._leave(t, region))
+        with contextlib.ExitStack() as opened:
+            opened.callback(region.clear)
+            opened.enter_context(region.opened())
+            opened.enter_context(
+                torch.autocast(self.plan.device, dtype=self.plan.low, cache_enabled=False)
+            )
+
+            def leave(out: Any) -> Any:
+                check_unwritten(region, self.name_of)
+                opened.close()
+                if self._scaled and (torch.is_grad_enabled() or _has_graph(out)):
+                    self._inside.add(region.first_node, region.last_node or region.first_node)
+                    schedule = self._schedules.setdefault(id(module), Schedule())
+                    if changed:
+                        schedule.restart()
+                    if schedule.due(_shape(region, out)):
+                        audit(out, region, ())
+                return map_tensors(out, lambda t: self._leave(t, region))
+
+            if has_hooks_after_forward(module):
+                return call_leaving(module, lambda: call(*args, **kwargs), leave)
+            return leave(call(*args, **kwargs))
 
     def _check_device(self, module: nn.Module) -> None:
         parameter = next(module.parameters(), None)
