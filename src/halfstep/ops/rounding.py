@@ -75,15 +75,18 @@ def round_to(
         raise OperandError(
             f"round_to: binary has no rounding {rounding.value!r}; allowed: nearest, stochastic"
         )
-    key = draw_key(generator) if rounding is Rounding.STOCHASTIC else _NO_KEY
+    backend = Backend.parse(backend)
     wants_grad = (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0
     if out is not None:
         _check_out(out, x, wants_grad)
         _check_holds(out.dtype, format, "out")
-        _round_into(out, x, format, rounding, key, Backend.parse(backend))
+    else:
+        _check_holds(x.dtype, format, "x")
+    key = draw_key(generator) if rounding is Rounding.STOCHASTIC else _NO_KEY
+    if out is not None:
+        _round_into(out, x, format, rounding, key, backend)
         return out
-    _check_holds(x.dtype, format, "x")
-    arguments = (x, format, rounding, key, Backend.parse(backend))
+    arguments = (x, format, rounding, key, backend)
     return _StraightThrough.apply(*arguments) if wants_grad else _rounded(*arguments)
 
 
