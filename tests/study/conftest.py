@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from halfstep.study.demo import TaskChoice, run_demo
 from halfstep.study.tasks import Size
 
 SMALL = Size(seeds=1, steps=6, digit_steps=40)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """As in a worker of the demo: threads wait for each other at every small operation."""
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

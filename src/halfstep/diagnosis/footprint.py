@@ -33,29 +33,40 @@ class Footprint:
 
 
 def measure_footprint(
-    model: nn.Module, optimizer: Optimizer, forward: Callable[[], Tensor], *, working: int = 0
+    model: nn.Module, optimizer: Optimizer, forward: Callable[[], Tensor]
 ) -> Footprint:
     """The :class:`Footprint` of one step whose loss ``forward()`` computes; after a first step.
 
-    ``working`` is what the recipe's copies of the weights take. Leaves gradients as a backward of
-    that loss leaves them.
+    Working copies are what the modules find in place of their parameters while ``forward()`` runs:
+    under a switch, rounded copies; in plain PyTorch, the parameters themselves, and so none.
+    Leaves gradients as a backward of that loss leaves them.
     """
-    owned = {tensor.untyped_storage().data_ptr() for tensor in _tensors(model)}
-    kept: dict[int, int] = {}
+    owned = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    copies: dict[int, int] = {}
+    saved: dict[int, int] = {}
+
+    def look(module: nn.Module, inputs: object) -> None:
+        for name, _ in module.named_parameters(recurse=False):
+            found = getattr(module, name)
+            if _address(found) not in owned:
+                copies[_address(found)] = found.untyped_storage().nbytes()
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
+        saved[_address(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = forward()
+    handles = [module.register_forward_pre_hook(look) for module in model.modules()]
+    try:
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = forward()
+    finally:
+        for handle in handles:
+            handle.remove()
     loss.backward()
     return Footprint(
         weights=_bytes(model.parameters()),
-        working=working,
-        activations=sum(kept.values()),
+        working=sum(copies.values()),
+        activations=sum(size for at, size in saved.items() if at not in owned and at not in copies),
         gradients=_bytes(p.grad for p in model.parameters() if p.grad is not None),
         optimizer=_bytes(
             value
@@ -66,8 +77,8 @@ def measure_footprint(
     )
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -29,11 +29,11 @@ section { background: var(--paper); border: 1px solid var(--line); border-radius
 section p { max-width: 78ch; margin: 8px 0; }
 p.note, footer { color: var(--soft); font-size: 14px; }
 ul.verdict { padding-left: 20px; margin: 8px 0; } ul.verdict li { margin: 6px 0; max-width: 80ch; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 14px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(178px, 1fr)); gap: 14px; }
 .card { background: var(--paper); border: 1px solid var(--line); border-top: 4px solid var(--plain);
         border-radius: 10px; padding: 14px 16px; }
 .card.good { border-top-color: var(--good); } .card.bad { border-top-color: var(--bad); }
-.card .figure { font-size: 27px; font-weight: 650; line-height: 1.2; }
+.card .figure { font-size: 25px; font-weight: 650; line-height: 1.2; }
 .card .label { font-weight: 600; } .card .detail { color: var(--soft); font-size: 14px; }
 .warning { border-left: 5px solid var(--bad); }
 .scroll { overflow-x: auto; }

@@ -17,11 +17,21 @@ __all__ = [
     "lines",
     "loss_by_scale",
     "points_with_means",
+    "power",
     "styled",
 ]
 
 COLOURS = ("#33507a", "#0f7b55", "#b3261e", "#c77700", "#6b4fa0", "#5b6475")
 _LOST, _SUBNORMAL, _NORMAL = "#b3261e", "#e0a63a", "#2f6db5"
+
+
+def power(exponent: int) -> str:
+    """2 to the ``exponent``, set as text.
+
+    >>> power(-24)
+    '2⁻²⁴'
+    """
+    return "2" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def styled(plot: go.Figure, *, x: str, y: str, height: int = 380) -> go.Figure:
@@ -57,7 +67,7 @@ def binades(seen: Exponents, to: Reach, *, scale: int) -> go.Figure:
         x=exponents,
         y=shares,
         marker_color=colours,
-        name="as computed in FP32",
+        showlegend=False,
         hovertemplate="2^%{x}: %{y:.3f}% of non-zero gradients<extra></extra>",
     )
     plot.add_scatter(
@@ -65,7 +75,7 @@ def binades(seen: Exponents, to: Reach, *, scale: int) -> go.Figure:
         y=shares,
         mode="lines",
         line={"shape": "hvh", "color": "#1d2433", "width": 1.6, "dash": "dot"},
-        name=f"multiplied by the loss scale 2^{scale}",
+        name=f"multiplied by the loss scale {power(scale)}",
         hovertemplate="2^%{x}: %{y:.3f}%<extra></extra>",
     )
     top = max(shares, default=1.0) * 1.18
@@ -113,13 +123,18 @@ def loss_by_scale(seen: Mapping[str, Exponents], to: Reach, *, chosen: int) -> g
 
 
 def lines(
-    series: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]], *, x: str, y: str
+    series: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    *,
+    x: str,
+    y: str,
+    colours: Mapping[str, str],
 ) -> go.Figure:
     """Curves by name, several of a kind (seeds) in one colour, the first of them named in the
     legend.
     """
     plot = go.Figure()
-    for (name, curves), colour in zip(series.items(), COLOURS, strict=False):
+    for name, curves in series.items():
+        colour = colours.get(name, COLOURS[0])
         for index, (abscissae, ordinates) in enumerate(curves):
             plot.add_scatter(
                 x=list(abscissae),
@@ -137,13 +152,18 @@ def lines(
 
 
 def points_with_means(
-    values: Mapping[str, Sequence[float]], *, y: str, suffix: str = "%"
+    values: Mapping[str, Sequence[float]],
+    *,
+    y: str,
+    colours: Mapping[str, str],
+    suffix: str = "%",
 ) -> go.Figure:
     """One dot a seed, one bar a mean, by name."""
     plot = go.Figure()
-    for (name, figures), colour in zip(values.items(), COLOURS, strict=False):
+    for name, figures in values.items():
         if not figures:
             continue
+        colour = colours.get(name, COLOURS[0])
         plot.add_bar(
             x=[name],
             y=[sum(figures) / len(figures)],

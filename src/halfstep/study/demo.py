@@ -34,7 +34,7 @@ __all__ = ["FULL", "QUICK", "TaskChoice", "demo", "run_demo"]
 FULL = Size(seeds=3, steps=800, digit_steps=5000)
 QUICK = Size(seeds=1, steps=16, digit_steps=200)
 _INTERRUPTED = 130  # what a shell says of a command ended by Ctrl-C
-_MODEL = "Deep Speech 2 in small (a strided convolution, two bidirectional GRUs, CTC) learns to "
+_MODEL = "Deep Speech 2 in small (two convolutions, two bidirectional GRUs, CTC) learns to "
 _WHAT = {
     Task.SPEECH: _MODEL
     + "write spoken telephone prompts down, letter by letter, from log-mel spectra. Groups of "

@@ -20,7 +20,7 @@ from halfstep.diagnosis.probe import Probe
 from halfstep.errors import NonFiniteError
 from halfstep.study.datasets import mnist_5k
 from halfstep.study.runs import Experiment, Outcome, Point, Run
-from halfstep.study.switched import switched, working_bytes
+from halfstep.study.switched import switched
 
 __all__ = ["Digits", "DigitsPlan", "load_digits", "train_digits"]
 
@@ -121,7 +121,6 @@ def train_digits(
             model,
             optimizer,
             lambda: loss_of(torch.arange(plan.batch)),
-            working=working_bytes(model, experiment.recipe),
         )
         return Run(
             experiment=experiment,

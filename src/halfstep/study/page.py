@@ -52,6 +52,8 @@ _GLOSSARY = (
     ),
 )
 
+_IN_FULL = {Variant.NO_MASTER: "mixed precision without its FP32 master copy"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Story:
@@ -172,7 +174,7 @@ def _sentences(reader: Runs, digits: Runs) -> Iterator[str]:
             yield why(variant.value.capitalize(), base, reader[variant], score="CER")
     for variant in (Variant.MIXED, Variant.NO_MASTER, Variant.NAIVE):
         if variant in digits and digits.get(Variant.FP32):
-            name = f"On digits, {variant.value}"
+            name = f"On digits, {_IN_FULL.get(variant, variant.value)}"
             yield why(name, digits[Variant.FP32], digits[variant], score="of digits wrong")
     if base:
         yield gradient_sentence(

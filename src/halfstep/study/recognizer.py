@@ -21,6 +21,8 @@ class RecognizerShape:
 
     bands: int
     classes: int
+    first: int = 64
+    first_kernel: int = 5
     channels: int = 160
     kernel: int = 11
     stride: int = 3
@@ -39,15 +41,14 @@ class Recognizer(nn.Module):
         super().__init__()
         width = shape.channels
         self.stride = shape.stride
-        self.front = nn.Conv1d(
-            shape.bands,
-            width,
-            shape.kernel,
-            stride=shape.stride,
-            padding=shape.kernel // 2,
-            bias=False,
+        self.front = nn.Sequential(
+            _convolution(shape.bands, shape.first, shape.first_kernel, stride=1),
+            nn.BatchNorm1d(shape.first),
+            nn.Hardtanh(0.0, 20.0),
+            _convolution(shape.first, width, shape.kernel, stride=shape.stride),
+            nn.BatchNorm1d(width),
+            nn.Hardtanh(0.0, 20.0),
         )
-        self.front_norm = nn.BatchNorm1d(width)
         self.recurrent = nn.ModuleList(
             nn.GRU(width, width, bidirectional=True, batch_first=True) for _ in range(shape.layers)
         )
@@ -61,13 +62,17 @@ class Recognizer(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (batch, steps, classes)."""
-        hidden = self.front_norm(self.front(features.transpose(1, 2)))
-        hidden = nn.functional.hardtanh(hidden, 0.0, 20.0).transpose(1, 2)
+        hidden = self.front(features.transpose(1, 2)).transpose(1, 2)
         for recurrent, norm in zip(self.recurrent, self.norms, strict=True):
             both, _ = recurrent(self.dropout(hidden))
             forwards, backwards = both.chunk(2, dim=2)
             hidden = norm((forwards + backwards).transpose(1, 2)).transpose(1, 2)
         return self.head(self.dropout(hidden))
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, *, stride: int) -> nn.Conv1d:
+    """A convolution over time whose outputs are centred on their inputs."""
+    return nn.Conv1d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
 def encode(text: str, alphabet: str) -> Tensor:

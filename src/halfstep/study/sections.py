@@ -13,7 +13,15 @@ import torch
 
 from halfstep.diagnosis.footprint import Footprint
 from halfstep.diagnosis.page import figure, note, paragraph, table
-from halfstep.diagnosis.plots import binades, bytes_held, lines, loss_by_scale, points_with_means
+from halfstep.diagnosis.plots import (
+    COLOURS,
+    binades,
+    bytes_held,
+    lines,
+    loss_by_scale,
+    points_with_means,
+    power,
+)
 from halfstep.diagnosis.statistics import Exponents, reach, total
 from halfstep.study.runs import Outcome, Run, Variant
 from halfstep.study.verdict import finished_errors, loss_scale_exponent
@@ -33,6 +41,7 @@ __all__ = [
 ]
 
 FP16 = reach(torch.float16)
+COLOUR = {variant.value: colour for variant, colour in zip(Variant, COLOURS, strict=False)}
 Runs = dict[Variant, list[Run]]
 """Runs by variant, in the order they are shown; a variant without runs is absent."""
 
@@ -60,9 +69,11 @@ def curves(reader: Runs) -> list[str]:
 
     if not series("error"):
         return []
-    error = lines(series("error"), x="step", y="characters wrong (development part)")
+    error = lines(
+        series("error"), x="step", colours=COLOUR, y="characters wrong (development part)"
+    )
     error.update_yaxes(ticksuffix="%", rangemode="tozero")
-    loss = lines(series("loss"), x="step", y="training loss (CTC, nats a sentence)")
+    loss = lines(series("loss"), x="step", colours=COLOUR, y="training loss (CTC, nats a sentence)")
     loss.update_yaxes(type="log")
     silent = [v.value for v, runs in reader.items() if not any(run.curve for run in runs)]
     absent = f" No curve: {', '.join(silent)} (stopped before its first point)." if silent else ""
@@ -95,7 +106,7 @@ def finals(reader: Runs) -> list[str]:
     head = ("variant", "seed", "ended", "steps", "test CER", "steps skipped", "time")
     bodies = [table(head, rows, numbers=(3, 4, 5, 6))]
     if any(errors.values()):
-        plot = points_with_means(errors, y="character error rate (test part)")
+        plot = points_with_means(errors, colours=COLOUR, y="character error rate (test part)")
         bodies.insert(0, figure(plot, "final-error"))
     return bodies
 
@@ -122,7 +133,7 @@ def gradients(reader: Runs) -> list[str]:
 
     return [
         paragraph(
-            "FP16 has no number between 0 and 2^-24. Every gradient the FP32 runs computed (all "
+            "FP16 has no number between 0 and 2⁻²⁴. Every gradient the FP32 runs computed (all "
             "layers, sampled over the whole training) is put in the bin of its power of two; red "
             "bars are those that FP16 would turn into zero. Multiplying the loss by a power of "
             "two moves the whole histogram to the right, into the range, at no loss: the dotted "
@@ -134,9 +145,9 @@ def gradients(reader: Runs) -> list[str]:
                 "",
                 "zero already in FP32",
                 "lost by FP16",
-                f"lost with scale 2^{scale}",
+                f"lost with scale {power(scale)}",
                 "subnormal (fewer bits)",
-                f"too large with scale 2^{scale}",
+                f"too large with scale {power(scale)}",
             ),
             [row(name, seen) for name, seen in kinds.items()],
             numbers=range(1, 6),
@@ -165,7 +176,7 @@ def updates(reader: Runs) -> list[str]:
     series = {name: curves for name, curves in series.items() if curves}
     if not series:
         return []
-    plot = lines(series, x="step", y="updates swallowed by FP16 weights")
+    plot = lines(series, x="step", colours=COLOUR, y="updates swallowed by FP16 weights")
     plot.update_yaxes(ticksuffix="%", rangemode="tozero")
     return [
         paragraph(
@@ -183,7 +194,7 @@ def digits_alone(digits: Runs) -> list[str]:
     accuracy = {v.value: [100 - e for e in finished_errors(runs)] for v, runs in digits.items()}
     if not any(accuracy.values()):
         return []
-    plot = points_with_means(accuracy, y="accuracy (1,000 test digits)")
+    plot = points_with_means(accuracy, colours=COLOUR, y="accuracy (1,000 test digits)")
     lowest = min(min(values) for values in accuracy.values() if values)
     plot.update_yaxes(range=[max(0.0, lowest - 10), 100])
     rows = []
@@ -239,7 +250,9 @@ def costs(reader: Runs) -> list[str]:
     times = {name: values for name, values in times.items() if values}
     bodies = []
     if times:
-        plot = points_with_means(times, y="milliseconds a step (median of a run)", suffix=" ms")
+        plot = points_with_means(
+            times, colours=COLOUR, y="ms a step (median of a run)", suffix=" ms"
+        )
         bodies += [
             figure(plot, "step-time"),
             note(
@@ -334,7 +347,7 @@ def layers(reader: Runs) -> list[str]:
     head = (
         "layer (FP32, seed 0)",
         "weight gradients lost by FP16",
-        f"with scale 2^{scale}",
+        f"with scale {power(scale)}",
         "gradients of its output lost",
         "updates FP16 weights would swallow",
     )

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 import halfstep
 
-__all__ = ["Report", "Switched", "sixteen_bit_weights", "switched", "working_bytes"]
+__all__ = ["Report", "Switched", "sixteen_bit_weights", "switched"]
 
 
 class Report(Protocol):
@@ -58,13 +57,6 @@ def switched(model: nn.Module, optimizer: Optimizer, recipe: str) -> Iterator[Sw
         yield switch
     finally:
         switch.off()
-
-
-def working_bytes(model: nn.Module, recipe: str) -> int:
-    """Bytes of the 16-bit copies of the weights that the forward reads beside FP32 masters."""
-    if recipe == "fp32":
-        return 0
-    return sum(2 * p.numel() for p in model.parameters() if p.dtype == torch.float32)
 
 
 def sixteen_bit_weights(recipe: str) -> bool:

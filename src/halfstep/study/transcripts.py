@@ -129,8 +129,8 @@ def _holds(one: str, other: str) -> bool:
 def split(
     texts: Sequence[str],
     *,
-    development: int = 48,
-    test: int = 64,
+    development: int = 32,
+    test: int = 48,
     largest: int = 6,
     seed: int = 2017,
 ) -> list[Part]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from halfstep.diagnosis.plots import power
 from halfstep.diagnosis.statistics import Reach, total
 from halfstep.study.runs import Outcome, Run
 from halfstep.study.switched import sixteen_bit_weights
@@ -64,7 +65,8 @@ def compare(baseline: Sequence[Run], variant: Sequence[Run]) -> Comparison:
     """The :class:`Comparison` of two sets of runs.
 
     Worse, if a run of the variant stopped on something not finite, or if its mean error is higher
-    by more than the spread over seeds. Undecided with fewer than two seeds on a side.
+    by more than the spread over seeds. Undecided without a run of the variant or with fewer than
+    two of the baseline: one run has no spread.
     """
     first, second = finished_errors(baseline), finished_errors(variant)
     mean_first = statistics.fmean(first) if first else math.nan
@@ -72,7 +74,7 @@ def compare(baseline: Sequence[Run], variant: Sequence[Run]) -> Comparison:
     spread = max((max(errors) - min(errors) for errors in (first, second) if errors), default=0.0)
     if any(run.outcome is Outcome.NOT_FINITE for run in variant):
         parity = Parity.WORSE
-    elif min(len(first), len(second)) < 2:
+    elif len(first) < 2 or not second:
         parity = Parity.UNDECIDED
     else:
         parity = Parity.WORSE if mean_second - mean_first > spread else Parity.SAME
@@ -120,27 +122,23 @@ def why(name: str, baseline: Sequence[Run], variant: Sequence[Run], *, score: st
             f"where seeds alone make {result.spread:.1f}. {swallowed}"
         )
     return (
-        f"{name} came to its end: {figures}; with one seed a side a difference of "
+        f"{name} came to its end: {figures}; with one FP32 seed a difference of "
         f"{result.difference:+.1f} points decides nothing. {swallowed}"
     )
 
 
 def _swallowed(runs: Sequence[Run]) -> str:
-    """How many updates the 16-bit weights swallowed, if weights were 16-bit; else what FP16 would
-    have.
-    """
+    """How many updates 16-bit weights swallowed, or would have where there is a master copy."""
     seen = [run.evidence for run in runs if run.evidence.samples]
     if not seen:
         return ""
     early = statistics.fmean(one.samples[0].updates.swallowed_share for one in seen)
     late = statistics.fmean(one.updates(last=0.25).swallowed_share for one in seen)
-    verb = (
-        "were"
-        if sixteen_bit_weights(runs[0].experiment.recipe)
-        else "would have been, without its FP32 master copy,"
-    )
+    if sixteen_bit_weights(runs[0].experiment.recipe):
+        return f"Swallowed updates: {early:.0f}% at first, {late:.0f}% in the last quarter."
     return (
-        f"{early:.0f}% of its updates {verb} swallowed at first, {late:.0f}% in the last quarter."
+        "Its FP32 master copy kept updates that 16-bit weights would have swallowed: "
+        f"{early:.0f}% at first, {late:.0f}% in the last quarter."
     )
 
 
@@ -155,7 +153,7 @@ def gradient_sentence(runs: Sequence[Run], to: Reach, *, scale: int) -> str:
     return (
         f"Without a loss scale FP16 would turn {weights.lost_share(to):.2g}% of the non-zero "
         f"weight gradients and {inner.lost_share(to):.2g}% of the non-zero activation gradients "
-        f"into zeros; with a scale of 2^{scale}, {weights.lost_share(to, scale=scale):.2g}% and "
+        f"into zeros; with a scale of {power(scale)}, {weights.lost_share(to, scale=scale):.2g}% and "
         f"{inner.lost_share(to, scale=scale):.2g}%. (Already zero in FP32, and no loss of FP16: "
         f"{weights.zero_share:.2g}% and {inner.zero_share:.2g}%.)"
     )
@@ -176,7 +174,7 @@ def mixed_sentence(baseline: Sequence[Run], variant: Sequence[Run]) -> str:
         case Parity.WORSE:
             return f"Mixed precision did worse than FP32: {figures}."
         case Parity.UNDECIDED:
-            return f"One seed a side decides nothing: {figures}."
+            return f"One FP32 seed decides nothing: {figures}."
 
 
 def loss_scale_exponent(runs: Sequence[Run]) -> int:
