@@ -58,7 +58,8 @@ def test_bytes_are_those_of_the_recipes(small_demo):
     weights = held["FP32"]["weights"]
     assert held["FP32"]["working"] == 0
     assert held["mixed precision"]["weights"] == weights
-    assert held["mixed precision"]["working"] == weights / 2
+    # normalisations stay in FP32 and have no copy
+    assert 0.98 * weights / 2 < held["mixed precision"]["working"] < weights / 2
     assert held["naive 16-bit"]["weights"] == weights / 2
     assert held["mixed precision"]["gradients"] == weights
 
