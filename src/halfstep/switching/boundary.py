@@ -153,7 +153,8 @@ def _unscaled(
     for k, (grad, dtype) in enumerate(zip(grads, dtypes, strict=True)):
         if grad is None:
             continue
-        if dtype == torch.float32 and grad.dtype in _NARROW and grad.device.type == "cpu":
+        dense = grad.layout is torch.strided
+        if dense and dtype == torch.float32 and grad.dtype in _NARROW and grad.device.type == "cpu":
             narrow.append(k)
         else:
             copy = gate.scale != 1.0

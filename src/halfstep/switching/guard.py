@@ -41,6 +41,11 @@ class Owner(Protocol):
         ...
 
 
+def _values(grad: Any) -> Tensor:
+    """The numbers of a gradient that has been seen; of a sparse one, those that it holds."""
+    return grad._values() if grad.is_sparse else grad
+
+
 class Guard:
     """Hooks around ``optimizer.step()``: check, skip or let pass, report.
 
@@ -177,7 +182,7 @@ class Guard:
                 ledger.check_losses()
             held = self._held()
             looked_at = self._not_known_finite(held)
-            counts = ops.count_nonfinite([h.parameter.grad for h in looked_at])  # pyright: ignore[reportArgumentType]
+            counts = ops.count_nonfinite([_values(h.parameter.grad) for h in looked_at])
             nonfinite = [(h, n) for h, n in zip(looked_at, counts, strict=True) if n]
             if nonfinite and all(ledger.at_floor() for ledger in ledgers):
                 scale = max(ledger.gate.scale for ledger in ledgers)

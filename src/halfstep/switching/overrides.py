@@ -27,6 +27,8 @@ __all__ = ["install"]
 
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 _NARROW = (torch.float16, torch.bfloat16)
+# Numbers that go their own way, as in torch.autocast.
+_BEYOND = (torch.float64, torch.complex64, torch.complex128)
 
 _lock = threading.Lock()
 # (device, layer of overrides) -> how many switches need it, and the library that holds its kernels
@@ -184,6 +186,8 @@ def _dot(below: _Below) -> Callable[..., Any]:
         emulator = region.emulator
         if not region.plan.emulate_dots:
             args, kwargs = _cast_all(args, kwargs, emulator.lowered)
+            return below.whole(args, kwargs)
+        if isinstance(args[0], Tensor) and args[0].dtype in _BEYOND:
             return below.whole(args, kwargs)
 
         def carried() -> Tensor:

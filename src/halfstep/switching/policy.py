@@ -80,6 +80,7 @@ RECURRENT = _names("""
 # Operands of several dtypes: the widest wins.
 PROMOTE = _names("""
     addcdiv addcmul atan2 bilinear cross dot vdot index_put scatter_add tensordot
+    embedding_bag embedding_bag.padding_idx
 """)
 
 

@@ -28,6 +28,7 @@ __all__ = ["LazyParameters", "Region", "current", "keeps_fp32", "reopening"]
 Audit = Callable[[Any, "Region", Any], None]
 
 _local = threading.local()
+_NARROW = (torch.float16, torch.bfloat16)
 # Elements that share one graph node: a node a parameter would cost more than the cast of a small one.
 _BUCKET = 1 << 21
 
@@ -140,6 +141,11 @@ class Region:
         """The working copy of ``master``; the same one for every reader in this region."""
         dtype = self._low
         if master.dtype != torch.float32:
+            if master.dtype in _NARROW and master.is_leaf and self.plan.wide_operations:
+                raise SwitchError(
+                    f"parameter {key} {tuple(master.shape)} is {master.dtype}: the masters are FP32. It was "
+                    "turned to 16 bits while switched; the switch does that itself: leave the model in FP32"
+                )
             dtype = master.dtype  # FP64 and complex ones go their own way, as in torch.autocast
         elif key in owner.fp32 or not torch.is_autocast_enabled(self._autocast_device):
             dtype = torch.float32  # an FP32 operation's parameter, or an FP32 island of the user's
@@ -156,6 +162,11 @@ class Region:
                 copy = master.to(dtype)
                 self._frozen_copies[kind] = copy
                 self._remember(copy, master)
+            return copy
+        if master.grad_fn is not None and master.grad_fn._sequence_nr() >= self.first_node:
+            # A weight computed in here, put in a parameter's place by torch.func.functional_call.
+            copy = self._copies[index] = master.to(dtype)
+            self._remember(copy, master)
             return copy
         bucket = self.buckets.of(master, dtype)
         copies = lower_many([m for m, _ in bucket], self.gate, tuple(d for _, d in bucket))
