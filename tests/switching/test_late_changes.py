@@ -8,7 +8,7 @@ from torch import nn
 
 import halfstep
 from against_fp32 import PER_LAYER, assert_close, batch, both, gradients, mlp, sgd
-from halfstep.errors import ScaledGradientError
+from halfstep.errors import ScaledGradientError, SwitchError
 
 X, Y = batch()
 RECIPE = "fp16:initial=8192"
@@ -145,6 +145,18 @@ def test_a_module_made_inside_forward_is_an_error_in_that_forward_and_right_afte
         model(X)
     mse(model(X)).backward()
     assert model.head.weight.grad.norm() < 10
+
+
+def test_a_model_that_has_no_shapes_yet_is_refused_and_left_as_it_was():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Tanh())
+    optimizer = sgd(model)
+    text = r"parameter 0\.weight has no shape yet: run the model once on a batch"
+    with pytest.raises(SwitchError, match=text):
+        halfstep.switch(model, optimizer, RECIPE)
+    model(X)
+    halfstep.switch(model, optimizer, RECIPE)
+    mse(model(X)).backward()
+    assert model[0].weight.grad.norm() < 100
 
 
 # -- leaks that begin late -----------------------------------------------------------------------------

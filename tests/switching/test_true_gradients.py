@@ -245,3 +245,37 @@ def test_an_overflow_in_a_group_added_later_is_seen():
     optimizer.step()
     assert not switch.last_step.applied
     assert switch.last_step.nonfinite == {"4.bias": 1}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_sparse_gradients_of_an_embedding(recipe):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table = nn.Embedding(20, 8, sparse=True)
+            self.net = mlp(inputs=8)
+
+        def forward(self, x):
+            return self.net(self.table(x))
+
+    def optimizers(model):
+        return [torch.optim.SparseAdam(model.table.parameters()), sgd(model.net)]
+
+    def program(model, optimizer, switch):
+        words = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
+        (model(words) - Y).square().mean().backward()
+        assert model.table.weight.grad.is_sparse
+        grads = gradients(model)
+        grads["table.weight"] = grads["table.weight"].to_dense()
+        before = model.table.weight.detach().clone()
+        if switch.plan.active:
+            model.table.weight.grad._values()[0, 0] = torch.nan
+            if switch.loss_scale > 1.0:  # at 1 it would be an error
+                optimizer[0].step()
+                assert switch.last_step.nonfinite == {"table.weight": 1}
+            assert torch.equal(model.table.weight, before)
+        return grads
+
+    wanted, got = both(program, recipe, Words, optimizers)
+    assert_close(got, wanted, recipe)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from halfstep.errors import OperandError, SwitchError
@@ -404,6 +405,10 @@ def _uninstall_dropped() -> None:
 def _device(model: nn.Module, recipe: Recipe) -> str:
     kinds = set()
     for name, p in model.named_parameters():
+        if is_lazy(p):
+            raise SwitchError(
+                f"parameter {name} has no shape yet: run the model once on a batch before the switch"
+            )
         kinds.add(p.device.type)
         if p.dtype in _NARROW and not recipe.is_identity:
             raise SwitchError(
