@@ -182,6 +182,34 @@ def test_parameter_lists_and_dicts(recipe):
     assert low.model(torch.randn(4, 6))[1] == [dtype] * 3
 
 
+class Momentum(nn.Module):
+    """A second encoder that follows the first, updated inside forward between the uses of the two."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.key.requires_grad_(False)
+
+    def forward(self, x):
+        q = self.query(x)
+        with torch.no_grad():
+            for a, b in zip(self.query.parameters(), self.key.parameters(), strict=True):
+                b.data = b.data * 0.5 + a.data * 0.5
+            k = self.key(x)
+        return q * k
+
+
+def test_masters_updated_inside_forward_by_way_of_parameters(recipe):
+    """parameters() gives the masters there too: the update is FP32's to the bit, and read at once."""
+
+    def call(model, x):
+        model(x)
+        return model(x)
+
+    low, exact = check(Momentum, lambda: torch.randn(4, 6), recipe, k=5, call=call)
+    assert torch.equal(low.model.key.weight, exact.model.key.weight)
+
+
 class Buffers(nn.Module):
     def __init__(self):
         super().__init__()
