@@ -155,13 +155,13 @@ def _download(data: DebianData, folder: Path) -> None:
 
 
 def _run(command: list[str], folder: Path, data: DebianData) -> None:
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired as error:
+        raise DataError(
+            f"{data.name}: `{' '.join(command[:2])} ...` did not end in 300 s; "
+            "is the network slow or absent? `--task handwriting` needs none"
+        ) from error
     if done.returncode != 0:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise DataError(
