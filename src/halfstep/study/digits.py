@@ -6,21 +6,14 @@ to it in FP16. Nothing but SGD and a two-layer network is here, so nothing else 
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from halfstep.diagnosis.footprint import measure_footprint
-from halfstep.diagnosis.probe import Probe
-from halfstep.errors import NonFiniteError
 from halfstep.study.datasets import mnist_5k
-from halfstep.study.runs import Experiment, Outcome, Point, Run
-from halfstep.study.switched import switched
+from halfstep.study.driving import Pace, Tell, Trainee, drive
+from halfstep.study.runs import Experiment, Run
 
 __all__ = ["Digits", "DigitsPlan", "load_digits", "train_digits"]
 
@@ -62,11 +55,9 @@ def load_digits() -> Digits:
     )
 
 
-def train_digits(
-    experiment: Experiment, digits: Digits, plan: DigitsPlan, tell: Callable[[float, float], None]
-) -> Run:
-    """Train a two-layer network as ``experiment`` says; ``error`` is the percentage of wrong test
-    digits.
+def train_digits(experiment: Experiment, digits: Digits, plan: DigitsPlan, tell: Tell) -> Run:
+    """Train a two-layer network as ``experiment`` says (see :func:`drive`); errors are in percent of
+    the test digits.
 
     Nothing is chosen by it, so there is no development part: the curve is of the test part.
     """
@@ -74,65 +65,30 @@ def train_digits(
     model = nn.Sequential(nn.Linear(784, plan.hidden), nn.ReLU(), nn.Linear(plan.hidden, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=plan.rate)
     draw = torch.Generator().manual_seed(experiment.seed)
-    curve: list[Point] = []
-    losses: list[float] = []
-    times: list[float] = []
-    skipped, stopped = 0, ""
-    mark = max(1, plan.steps // plan.points)
 
     def loss_of(chosen: Tensor) -> Tensor:
         scores = model(digits.train_images[chosen]).float()
         return nn.functional.cross_entropy(scores, digits.train_labels[chosen])
 
-    started = time.perf_counter()
-    with (
-        switched(model, optimizer, experiment.recipe) as switch,
-        Probe(model, optimizer, every=plan.probe_every) as probe,
-    ):
-        for step in range(1, plan.steps + 1):
-            chosen = torch.randint(len(digits.train_labels), (plan.batch,), generator=draw)
-            before = time.perf_counter()
-            loss = loss_of(chosen)
-            loss.backward()
-            try:
-                optimizer.step()
-            except NonFiniteError as error:
-                stopped = str(error)
-                break
-            optimizer.zero_grad()
-            if (step - 1) % plan.probe_every:
-                times.append(time.perf_counter() - before)
-            losses.append(float(loss.detach()))
-            skipped += not switch.last_step.applied
-            if probe.breakdown is not None:
-                stopped = probe.breakdown.reason
-                break
-            if step % mark == 0 or step == plan.steps:
-                with torch.no_grad():
-                    guesses = model(digits.test_images).argmax(dim=1)
-                error = 100 * float((guesses != digits.test_labels).float().mean())
-                seconds = time.perf_counter() - started
-                mean = statistics.fmean(losses[-mark:])
-                curve.append(Point(step=step, seconds=seconds, loss=mean, error=error))
-                tell(step / plan.steps, error)
-        evidence = probe.evidence()
-        seconds = time.perf_counter() - started
-        footprint = measure_footprint(
-            model,
-            optimizer,
-            lambda: loss_of(torch.arange(plan.batch)),
-        )
-        return Run(
-            experiment=experiment,
-            outcome=Outcome.NOT_FINITE if stopped else Outcome.FINISHED,
-            reason=stopped,
-            steps=len(losses),
-            seconds=seconds,
-            step_ms=1000 * statistics.median(times) if times else math.nan,
-            error=curve[-1].error if curve and not stopped else math.nan,
-            loss_scale=switch.last_step.loss_scale,
-            skipped=skipped,
-            curve=tuple(curve),
-            evidence=evidence,
-            footprint=footprint,
-        )
+    def step() -> float:
+        loss = loss_of(torch.randint(len(digits.train_labels), (plan.batch,), generator=draw))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    def error() -> float:
+        with torch.no_grad():
+            guesses = model(digits.test_images).argmax(dim=1)
+        return 100 * float((guesses != digits.test_labels).float().mean())
+
+    trainee = Trainee(
+        model=model,
+        optimizer=optimizer,
+        step=step,
+        check=error,
+        score=lambda: (error(), ()),
+        ruler=lambda: loss_of(torch.arange(plan.batch)),
+    )
+    pace = Pace(steps=plan.steps, points=plan.points, probe_every=plan.probe_every)
+    return drive(experiment, trainee, pace, tell)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from halfstep.study.corpus import Corpus, load_speech
 from halfstep.study.digits import Digits, DigitsPlan, load_digits, train_digits
+from halfstep.study.driving import Tell
 from halfstep.study.handwriting import load_handwriting
 from halfstep.study.runs import Experiment, Run, Variant
 from halfstep.study.training import Plan, train_recognizer
@@ -84,7 +84,7 @@ def jobs_for(task: Task, size: Size, cache: Path) -> list[Job]:
     return jobs
 
 
-def perform(job: Job, tell: Callable[[float, float], None]) -> Run:
+def perform(job: Job, tell: Tell) -> Run:
     """Perform ``job``; data are loaded once a process."""
     if job.experiment.task == DIGITS:
         return train_digits(job.experiment, _digits(), job.digits, tell)

@@ -1,12 +1,9 @@
-"""The training loop: ordinary PyTorch, under any recipe, with a probe looking on."""
+"""The recogniser's training: batches, an ordinary PyTorch step, evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,13 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
-from halfstep.diagnosis.footprint import measure_footprint
-from halfstep.diagnosis.probe import Probe
-from halfstep.errors import NonFiniteError
 from halfstep.study.corpus import Corpus, Sentence
+from halfstep.study.driving import Pace, Tell, Trainee, drive
 from halfstep.study.recognizer import Recognizer, RecognizerShape, best_path, encode, error_rate
-from halfstep.study.runs import Example, Experiment, Outcome, Point, Run
-from halfstep.study.switched import switched
+from halfstep.study.runs import Example, Experiment, Run
 
 __all__ = ["Batch", "Loop", "Plan", "batches", "evaluate", "train_recognizer"]
 
@@ -179,80 +173,31 @@ def _triangle(plan: Plan) -> Callable[[int], float]:
     return factor
 
 
-def train_recognizer(
-    experiment: Experiment, corpus: Corpus, plan: Plan, tell: Callable[[float, float], None]
-) -> Run:
-    """Train a recogniser on ``corpus`` as ``experiment`` says; a run that diverges is a result, not
-    an error.
+def train_recognizer(experiment: Experiment, corpus: Corpus, plan: Plan, tell: Tell) -> Run:
+    """Train a recogniser on ``corpus`` as ``experiment`` says (see :func:`drive`).
 
     The curve is taken on the development part; the test part is read once, at the end.
-    ``tell(share done, last error in percent)`` is called every few steps.
     """
     torch.manual_seed(experiment.seed)
     plan = dataclasses.replace(plan, **experiment.options)
-    model = Recognizer(
-        RecognizerShape(
-            bands=corpus.bands,
-            classes=len(corpus.alphabet) + 1,
-            channels=plan.channels,
-            stride=plan.stride,
-            dropout=plan.dropout,
-        )
+    shape = RecognizerShape(
+        bands=corpus.bands,
+        classes=len(corpus.alphabet) + 1,
+        channels=plan.channels,
+        stride=plan.stride,
+        dropout=plan.dropout,
     )
+    model = Recognizer(shape)
     loop = Loop(model, plan)
     source = batches(corpus, plan, experiment.seed)
-    curve: list[Point] = []
-    losses: list[float] = []
-    times: list[float] = []
-    skipped, stopped = 0, ""
-    mark = max(1, plan.steps // plan.points)
-    started = time.perf_counter()
-    with (
-        switched(model, loop.optimizer, experiment.recipe) as switch,
-        Probe(model, loop.optimizer, every=plan.probe_every) as probe,
-    ):
-        for step, batch in zip(range(1, plan.steps + 1), source, strict=False):
-            before = time.perf_counter()
-            try:
-                losses.append(loop.step(batch))
-            except NonFiniteError as error:
-                stopped = str(error)
-                break
-            if (step - 1) % plan.probe_every:
-                times.append(time.perf_counter() - before)
-            skipped += not switch.last_step.applied
-            if probe.breakdown is not None:
-                stopped = probe.breakdown.reason
-                break
-            if step % mark == 0 or step == plan.steps:
-                error, _ = evaluate(model, corpus.development, corpus.alphabet)
-                seconds = time.perf_counter() - started
-                loss = statistics.fmean(losses[-mark:])
-                curve.append(Point(step=step, seconds=seconds, loss=loss, error=error))
-            if step % 5 == 0:
-                tell(step / plan.steps, curve[-1].error if curve else math.nan)
-        evidence = probe.evidence()
-        seconds = time.perf_counter() - started
-        # One batch, the same for every run, so that bytes can be compared.
-        ruler = next(batches(corpus, plan, seed=0))
-        footprint = measure_footprint(
-            model,
-            loop.optimizer,
-            lambda: loop.loss(ruler),
-        )
-        error, examples = evaluate(model, corpus.test, corpus.alphabet)
-        return Run(
-            experiment=experiment,
-            outcome=Outcome.NOT_FINITE if stopped else Outcome.FINISHED,
-            reason=stopped,
-            steps=len(losses),
-            seconds=seconds,
-            step_ms=1000 * statistics.median(times) if times else math.nan,
-            error=math.nan if stopped else error,
-            loss_scale=switch.last_step.loss_scale,
-            skipped=skipped,
-            curve=tuple(curve),
-            examples=tuple(examples),
-            evidence=evidence,
-            footprint=footprint,
-        )
+    ruler = next(batches(corpus, plan, seed=0))
+    trainee = Trainee(
+        model=model,
+        optimizer=loop.optimizer,
+        step=lambda: loop.step(next(source)),
+        check=lambda: evaluate(model, corpus.development, corpus.alphabet)[0],
+        score=lambda: evaluate(model, corpus.test, corpus.alphabet),
+        ruler=lambda: loop.loss(ruler),
+    )
+    pace = Pace(steps=plan.steps, points=plan.points, probe_every=plan.probe_every)
+    return drive(experiment, trainee, pace, tell)
