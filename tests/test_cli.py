@@ -187,6 +187,14 @@ def test_interrupt_is_status_130(run, monkeypatch: pytest.MonkeyPatch):
     assert "Traceback" not in err
 
 
+def test_demo_without_its_extra_says_what_to_install(run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "halfstep.study.demo", None)  # importing it fails
+    status, _, err = run("demo")
+    assert status == 2
+    assert err.startswith("halfstep: the demo needs halfstep.study.demo, which is not installed: ")
+    assert err.endswith("pip install 'halfstep[study]'\n")
+
+
 def test_installed_command():
     program = Path(sys.executable).parent / "halfstep"
     result = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)

@@ -98,7 +98,12 @@ def show_demo(
 
     Example: halfstep demo --output report.html
     """
-    from halfstep.study.demo import TaskChoice, demo
+    try:
+        from halfstep.study.demo import TaskChoice, demo
+    except ModuleNotFoundError as error:
+        raise HalfstepError(
+            f"the demo needs {error.name}, which is not installed: pip install 'halfstep[study]'"
+        ) from None
 
     status = demo(output, quick=quick, task=TaskChoice(task), seeds=seeds, write_json=as_json)
     raise typer.Exit(status)
