@@ -86,3 +86,44 @@ class Solve(nn.Module):
 @pytest.mark.parametrize("name", ON_FP32)
 def test_parameters_that_meet_fp32_tensors(recipe, name):
     check(ON_FP32[name], inputs, recipe, k=24)
+
+
+FIRST = torch.tensor([0, 2])
+ZEROS = torch.zeros(2, 8, dtype=torch.int64)
+WRITES = {
+    "index_copy_": lambda b, h: b.index_copy_(0, FIRST, h[:2]),
+    "index_add_": lambda b, h: b.index_add_(0, FIRST, h[:2], alpha=0.5),
+    "index_put_": lambda b, h: b.index_put_((FIRST,), h[:2], accumulate=True),
+    "item": lambda b, h: b.__setitem__(FIRST, h[:2]),
+    "scatter_": lambda b, h: b.scatter_(0, ZEROS, h[:2]),
+    "scatter_add_": lambda b, h: b.scatter_add_(0, ZEROS, h[:2]),
+    "masked_scatter_": lambda b, h: b.masked_scatter_(torch.ones(3, 8, dtype=torch.bool), h),
+    "lerp_": lambda b, h: b.lerp_(h[:3], 0.1),
+    "lerp_ by a tensor": lambda b, h: b.lerp_(h[:3], torch.full((3, 8), 0.1)),
+    "copy_": lambda b, h: b.copy_(h[:3]),
+    "add_": lambda b, h: b.add_(h[:3]),
+}
+
+
+class Memory(nn.Module):
+    """Activations are written into an FP32 buffer, and into a tensor that has a gradient."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.body, self.write = nn.Linear(8, 8), write
+        self.register_buffer("memory", torch.ones(3, 8))
+
+    def forward(self, x):
+        h = self.body(x)
+        with torch.no_grad():
+            self.write(self.memory, h)
+        kept = torch.ones(3, 8)
+        self.write(kept, h)
+        return h, kept * 2.0
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_writes_into_fp32_tensors(recipe, write):
+    low, exact = check(lambda: Memory(WRITES[write]), inputs, recipe, k=6)
+    assert low.model.memory.dtype == torch.float32
+    torch.testing.assert_close(low.model.memory, exact.model.memory, rtol=0.02, atol=0.02)

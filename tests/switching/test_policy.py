@@ -61,6 +61,7 @@ def registered(key):
 TABLES = {
     "wide": policy.WIDE,
     "mixed": policy.MIXED,
+    "into": policy.INTO,
     "dots": policy.DOTS,
     "composite": policy.COMPOSITE_DOTS,
     "recurrent": policy.RECURRENT,

@@ -100,6 +100,7 @@ def _kernels(
         *[(name, _dot) for name in missing(policy.DOTS)],
         *[(name, _parts) for name in policy.COMPOSITE_DOTS],
         *[(name, _mixed) for name in policy.MIXED],
+        *[(name, _into) for name in policy.INTO],
         *[(name, _promoted) for name in missing(policy.PROMOTE)],
         *[(name, _recurrent) for name in policy.RECURRENT],
     ]
@@ -208,6 +209,21 @@ def _mixed(below: _Below) -> Callable[..., Any]:
         if region is None or not region.plan.wide_operations:
             return below.as_torch(keys, args, kwargs)
         rest, kwargs = _cast_all(args[1:], kwargs, _widen)
+        return below.parts(keys, (args[0], *rest), kwargs)
+
+    return kernel
+
+
+def _into(below: _Below) -> Callable[..., Any]:
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        dtype = args[0].dtype
+        if current() is None or not (dtype in _NARROW or dtype == torch.float32):
+            return below.as_torch(keys, args, kwargs)
+
+        def fitting(t: Tensor) -> Tensor:
+            return t.to(dtype) if t.dtype in _NARROW or t.dtype == torch.float32 else t
+
+        rest, kwargs = _cast_all(args[1:], kwargs, fitting)
         return below.parts(keys, (args[0], *rest), kwargs)
 
     return kernel

@@ -58,6 +58,11 @@ WIDE_INSIDE = frozenset(_names("layer_norm group_norm softmax log_softmax"))
 # Normalisations that read the activation in its own dtype and all else (affine pair, statistics) in FP32.
 MIXED = _names("batch_norm instance_norm")
 
+# Writes into a tensor that is there already, a buffer mostly: what is written takes its dtype.
+INTO = _names("""
+    index_copy_ index_add_ index_put_ scatter_.src scatter_add_ masked_scatter_ lerp_.Scalar lerp_.Tensor
+""")
+
 # Dot products (rule 1): operands read in the low format, FP32 accumulator, one rounding at the end.
 DOTS = _names("""
     linear matmul mm bmm addmm addbmm baddbmm mv addmv addr linalg_vecdot
