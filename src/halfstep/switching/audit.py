@@ -114,7 +114,7 @@ def check_forward(
     # A tensor that has left already may be an output: it is not made to leave again.
     stack = [t.grad_fn for t in outputs if t.grad_fn is not None and not has_left(t)]
     while stack:
-        node = stack.pop()
+        node: Any = stack.pop()
         if node in seen:
             continue
         seen.add(node)
@@ -161,7 +161,7 @@ def has_left(t: Tensor) -> bool:
 def check_roots(roots: Iterable[Tensor], gate: Gate, inside: Intervals) -> None:
     """Raise `ScaledGradientError` where a backward would enter a region past its boundary."""
     seen: set[Any] = set()
-    stack = [
+    stack: list[tuple[Any, str]] = [
         (t.grad_fn, "the tensor that backward was called on")
         for t in roots
         if t.grad_fn is not None

@@ -161,7 +161,8 @@ class Guard:
         def evaluate() -> Any:
             while True:
                 # As they are before the closure, which may add to them: overflown sums cannot be undone.
-                before = [(h.parameter, h.parameter.grad.clone()) for h in self._held()]
+                held = [(h.parameter, h.parameter.grad) for h in self._held()]
+                before = [(p, g.clone()) for p, g in held if g is not None]
                 loss = closure()
                 nonfinite = self._check()
                 if not nonfinite:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from halfstep.errors import OperandError, SwitchError
 from halfstep.recipe import Recipe, ScalingKind
@@ -123,6 +124,8 @@ class Switch:
             self._machinery = [overrides.install(self.plan), engine.install(self._before_backward)]
             if self._scaled:
                 self._machinery.append(hooks.install(self._gate, self._inside))
+            if optimizers and self.guarded:
+                self._machinery.append(_watch_steps(weakref.ref(self)))
             self._adopt(model)
         _uninstall_dropped()
         self._when_dropped = weakref.finalize(self, _dropped.append, self._machinery)
@@ -354,6 +357,14 @@ class Switch:
         """The parameter's name in the model; its shape where it is not the model's."""
         return self.names().get(id(parameter)) or f"a parameter of shape {tuple(parameter.shape)}"
 
+    def guard(self, optimizer: Optimizer) -> None:
+        """Guard ``optimizer`` from now on, if it holds parameters of the model."""
+        if any(g.optimizer is optimizer for g in self._guards):
+            return
+        own = self.names()
+        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            self._guards.append(Guard.over(optimizer, self))
+
     def names(self) -> dict[int, str]:
         """id -> name of the model's parameters."""
         return parameter_names(self.model)
@@ -390,6 +401,17 @@ def _nothing() -> None:
 def _call_all(functions: list[Callable[[], None]]) -> None:
     for function in functions:
         function()
+
+
+def _watch_steps(of: weakref.ref[Switch]) -> Callable[[], None]:
+    """Have every optimizer that steps parameters of a switched model guarded, given to the switch or not."""
+
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        switch = of()
+        if switch is not None:
+            switch.guard(optimizer)
+
+    return register_optimizer_step_pre_hook(before).remove
 
 
 # What was installed for switched models that were dropped without off(). Python may drop them at any
