@@ -24,12 +24,11 @@ def on(backend: str, tensors: list[torch.Tensor], scale: float):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_pattern_as_torch_casts_and_divides(backend: str, dtype: torch.dtype, scale: float):
     x = sixteen_bit_patterns(dtype)
-    (wide,), (count,) = on(backend, [x], scale)
+    (wide,) = on(backend, [x], scale)
     expected = x.float() / scale
     nan = expected.isnan()
     assert torch.equal(wide.view(torch.int32)[~nan], expected.view(torch.int32)[~nan])
     assert torch.equal(wide.isnan(), nan)
-    assert count == (2048 if dtype == torch.float16 else 256)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -48,11 +47,10 @@ def test_layouts_and_sizes(backend: str):
         torch.randn(5),
     ]
     given[0][1, 1, 1, 1] = torch.inf
-    wide, counts = on(backend, given, 4.0)
+    wide = on(backend, given, 4.0)
     for w, g in zip(wide, given, strict=True):
         assert torch.equal(w, g.float() / 4.0)
         assert w.shape == g.shape
         assert w.data_ptr() != g.data_ptr() or not g.numel()
-    assert counts == [int((~g.isfinite()).sum()) for g in given]
     assert wide[1].stride() == given[1].stride()
     assert wide[2].stride() == given[2].stride()

@@ -37,56 +37,47 @@ void round_to(std::uintptr_t x, int x_carrier, std::uintptr_t out, int out_carri
   });
 }
 
-// count(array, begin, end) summed for each array, in one pass over all of them as if they were one:
-// many small ones need no thread each.
-template <class Count>
-std::vector<std::size_t> count_in_arrays(const std::vector<std::size_t>& sizes, int threads,
-                                         const Count& count_range) {
+// f(array, begin, end) over all arrays as if they were one: many small ones need no thread each.
+template <class F>
+void over_arrays(const std::vector<std::size_t>& sizes, int threads, const F& f) {
   struct Piece {
     std::size_t array, begin, end;
   };
   std::vector<Piece> pieces;
-  std::vector<std::size_t> counts(sizes.size(), 0);
-  const auto count = [&](const Piece& piece) {
-    return count_range(piece.array, piece.begin, piece.end);
-  };
   for (std::size_t array = 0; array < sizes.size(); ++array) {
     if (sizes[array] < grain) {
-      counts[array] = count({array, 0, sizes[array]});
+      f(array, std::size_t(0), sizes[array]);
       continue;
     }
     for (std::size_t begin = 0; begin < sizes[array]; begin += grain)
       pieces.push_back({array, begin, std::min(sizes[array], begin + grain)});
   }
-  std::vector<std::size_t> found(pieces.size());
   parallel_for(pieces.size(), 1, threads, [&](std::size_t begin, std::size_t end) {
-    for (std::size_t i = begin; i < end; ++i) found[i] = count(pieces[i]);
+    for (std::size_t i = begin; i < end; ++i) f(pieces[i].array, pieces[i].begin, pieces[i].end);
   });
-  for (std::size_t i = 0; i < pieces.size(); ++i) counts[pieces[i].array] += found[i];
-  return counts;
 }
 
 std::vector<std::size_t> count_nonfinite(const std::vector<std::uintptr_t>& arrays,
                                          const std::vector<std::size_t>& sizes,
                                          const std::vector<int>& carriers, int threads) {
   const Kernels* kernels = kernels_in_use();
-  return count_in_arrays(sizes, threads, [&](std::size_t array, std::size_t begin, std::size_t end) {
+  std::vector<std::atomic<std::size_t>> counts(sizes.size());
+  over_arrays(sizes, threads, [&](std::size_t array, std::size_t begin, std::size_t end) {
     const Carrier carrier = Carrier(carriers[array]);
-    const std::uintptr_t from = arrays[array] + begin * bytes_of(carrier);
-    return kernels->count_nonfinite(reinterpret_cast<const void*>(from), end - begin, carrier);
+    const auto* from = reinterpret_cast<const void*>(arrays[array] + begin * bytes_of(carrier));
+    counts[array] += kernels->count_nonfinite(from, end - begin, carrier);
   });
+  return {counts.begin(), counts.end()};
 }
 
-std::vector<std::size_t> widen(const std::vector<std::uintptr_t>& arrays,
-                               const std::vector<std::uintptr_t>& outs,
-                               const std::vector<std::size_t>& sizes,
-                               const std::vector<int>& carriers, float scale, int threads) {
+void widen(const std::vector<std::uintptr_t>& arrays, const std::vector<std::uintptr_t>& outs,
+           const std::vector<std::size_t>& sizes, const std::vector<int>& carriers, float scale,
+           int threads) {
   const Kernels* kernels = kernels_in_use();
-  return count_in_arrays(sizes, threads, [&](std::size_t array, std::size_t begin, std::size_t end) {
+  over_arrays(sizes, threads, [&](std::size_t array, std::size_t begin, std::size_t end) {
     const Carrier carrier = Carrier(carriers[array]);
-    const std::uintptr_t from = arrays[array] + begin * bytes_of(carrier);
-    float* out = reinterpret_cast<float*>(outs[array]) + begin;
-    return kernels->widen(reinterpret_cast<const void*>(from), out, end - begin, carrier, scale);
+    const auto* from = reinterpret_cast<const void*>(arrays[array] + begin * bytes_of(carrier));
+    kernels->widen(from, reinterpret_cast<float*>(outs[array]) + begin, end - begin, carrier, scale);
   });
 }
 

@@ -65,7 +65,7 @@ struct Kernels {
   void (*round_to)(const RoundArrays& arrays, std::size_t begin, std::size_t end, const Grid& grid,
                    Rounding rounding, Key key, bool stream);
   std::size_t (*count_nonfinite)(const void* x, std::size_t n, Carrier carrier);
-  std::size_t (*widen)(const void* x, float* out, std::size_t n, Carrier carrier, float scale);
+  void (*widen)(const void* x, float* out, std::size_t n, Carrier carrier, float scale);
   void (*dot_accumulate)(const DotBlock& block, const Grid& grid, float* panel);
 };
 

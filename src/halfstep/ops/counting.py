@@ -44,15 +44,14 @@ def count_nonfinite(
 
 def unscale(
     tensors: Sequence[Tensor], scale: float, *, backend: Backend | str = Backend.AUTO
-) -> tuple[list[Tensor], list[int]]:
-    """Each tensor as a new FP32 tensor over ``scale``, and how many of its elements are not finite.
+) -> list[Tensor]:
+    """Each tensor as a new FP32 tensor over ``scale``: cast and division in one pass over memory.
 
-    The count is of the elements as given; NaN and infinity stay what they are. A division by a power
-    of two is exact but for subnormal results, which round to nearest. Cast, division and count are one
-    pass over memory on the CPU. Dense floating-point tensors of one device, at least one of them.
+    NaN and infinity stay what they are. A division by a power of two is exact but for subnormal
+    results, which round to nearest. Dense floating-point tensors of one device, at least one of them.
 
     >>> unscale([torch.tensor([3.0, torch.inf], dtype=torch.float16)], 2.0)
-    ([tensor([1.5000,    inf])], [1])
+    [tensor([1.5000,    inf])]
     """
     device = tensors[0].device
     choice = choose("unscale", device, Backend.parse(backend), tensors=tensors)

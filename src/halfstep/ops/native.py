@@ -203,10 +203,9 @@ def count_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
     return counts
 
 
-def unscale(tensors: Sequence[Tensor], scale: float) -> tuple[list[Tensor], list[int]]:
-    """FP32 copies over ``scale``, and counts of what is not finite; see `halfstep.ops.unscale`."""
+def unscale(tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """FP32 copies over ``scale``; see `halfstep.ops.unscale`."""
     wide: list[Tensor] = []
-    counts = [0] * len(tensors)
     ours: list[int] = []
     for index, tensor in enumerate(tensors):
         takes = (
@@ -218,10 +217,8 @@ def unscale(tensors: Sequence[Tensor], scale: float) -> tuple[list[Tensor], list
             wide.append(torch.empty_like(tensor, dtype=torch.float32))
             ours.append(index)
         else:
-            copies, found = reference.unscale([tensor], scale)
-            wide += copies
-            counts[index] = found[0]
-    found = _core.widen(
+            wide += reference.unscale([tensor], scale)
+    _core.widen(
         [tensors[i].data_ptr() for i in ours],
         [wide[i].data_ptr() for i in ours],
         [tensors[i].numel() for i in ours],
@@ -229,9 +226,7 @@ def unscale(tensors: Sequence[Tensor], scale: float) -> tuple[list[Tensor], list
         scale,
         torch.get_num_threads(),
     )
-    for index, count in zip(ours, found, strict=True):
-        counts[index] = count
-    return wide, counts
+    return wide
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -148,7 +148,6 @@ def count_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
     return torch.stack([count.to(device) for count in counts]).tolist()
 
 
-def unscale(tensors: Sequence[Tensor], scale: float) -> tuple[list[Tensor], list[int]]:
-    """FP32 copies over ``scale``, and counts of what is not finite; see `halfstep.ops.unscale`."""
-    counts = count_nonfinite(tensors)
-    return [t.to(torch.float32, copy=True).div_(scale) for t in tensors], counts
+def unscale(tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """FP32 copies over ``scale``; see `halfstep.ops.unscale`."""
+    return [t.to(torch.float32, copy=True).div_(scale) for t in tensors]

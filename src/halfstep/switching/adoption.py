@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from halfstep.switching.module_hooks import Forward
 from halfstep.switching.region import LazyParameters, current, keeps_fp32
 
-__all__ = ["Runner", "adopt", "fingerprint", "release", "working_dtypes"]
+__all__ = ["Runner", "Shape", "adopt", "release", "working_dtypes"]
 
 
 class Runner(Protocol):
@@ -104,24 +104,33 @@ def release(module: nn.Module, runner: Runner) -> None:
             module.__dict__["_parameters"] = lazy.plain()
 
 
-def fingerprint(root: nn.Module) -> int:
-    """A number that changes when a module or a parameter is added, replaced or removed below ``root``."""
-    seen: list[int] = []
-    visited = set()
-    stack = [root]
-    while stack:
-        module = stack.pop()
-        if module in visited:
-            continue
-        visited.add(module)
-        state = module.__dict__
-        seen.append(id(module))
-        seen.extend(map(id, state["_parameters"].values()))
-        seen.append(type(state["_parameters"]) is LazyParameters)
-        children = state["_modules"]
-        if children:
-            stack.extend(m for m in children.values() if m is not None)
-    return hash(tuple(seen))
+class Shape:
+    """The modules and parameters below a root; `holds` until one is added, replaced or removed."""
+
+    __slots__ = ("_seen",)
+
+    def __init__(self, root: nn.Module) -> None:
+        # (a module's attributes, its parameters, how often they were written, its children)
+        self._seen: list[tuple[dict[str, Any], dict[str, Any], int, tuple[Any, ...]]] = []
+        for module in root.modules():
+            state = module.__dict__
+            parameters = state["_parameters"]
+            children = tuple(state["_modules"].values())
+            self._seen.append((state, parameters, getattr(parameters, "writes", 0), children))
+
+    def holds(self, root: nn.Module) -> bool:
+        """True where it is ``root``'s and nothing has changed. Looked at before every forward."""
+        if self._seen[0][0] is not root.__dict__:
+            return False
+        for state, parameters, writes, children in self._seen:
+            if state["_parameters"] is not parameters:
+                return False
+            if getattr(parameters, "writes", 0) != writes:
+                return False
+            now = state["_modules"]
+            if (now and tuple(now.values()) != children) or len(now) != len(children):
+                return False
+        return True
 
 
 def working_dtypes(root: nn.Module, low: torch.dtype) -> list[tuple[Tensor, torch.dtype]]:

@@ -15,13 +15,12 @@ and backward cancels all the same, since both doors of one backward read the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from halfstep import ops
 
@@ -31,35 +30,13 @@ __all__ = ["INWARD", "OUTWARD", "Gate", "enter", "leave", "lower_many", "scaled"
 
 
 class Gate:
-    """The loss scale as the boundary sees it: ``scale`` now, and notes of what passed.
+    """The loss scale as the boundary sees it: ``scale`` now, and who is told of a backward that enters."""
 
-    A gradient is looked at for values that are not finite on its way out, while it is in the cache. The
-    note holds for the optimizer's step as long as ``p.grad`` is that tensor, unchanged.
-    """
-
-    __slots__ = ("_counts", "on_backward", "scale")
+    __slots__ = ("on_backward", "scale")
 
     def __init__(self, scale: float) -> None:
         self.scale: float = scale
         self.on_backward: Callable[[], None] = _ignore
-        self._counts: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def note(self, masters: Sequence[int], grads: list[Tensor], counts: list[int]) -> None:
-        """Gradients that left for masters with these ids, and how much of each is not finite."""
-        for master, grad, count in zip(masters, grads, counts, strict=True):
-            self._counts[master] = (StorageWeakRef(grad.untyped_storage()), count)
-
-    def count(self, master: Tensor) -> int | None:
-        """How many values of ``master.grad`` are not finite, or None where that must be looked up."""
-        noted, grad = self._counts.get(id(master)), master.grad
-        if noted is None or grad is None or grad.layout is not torch.strided or grad._version:
-            return None
-        # A weak reference to the storage keeps its address from being given to another.
-        return noted[1] if grad.untyped_storage()._cdata == noted[0].cdata else None
-
-    def forget(self) -> None:
-        """Drop the notes: the step that they were made for is over."""
-        self._counts.clear()
 
 
 def _ignore() -> None:
@@ -121,7 +98,6 @@ class _LowerMany(Function):
     ) -> tuple[Tensor, ...]:
         ctx.gate = gate
         ctx.dtypes = tuple(p.dtype for p in masters)
-        ctx.masters = tuple(id(p) for p in masters)
         ctx.set_materialize_grads(False)
         return tuple(
             p.to(dtype) if p.dtype != dtype else p.view_as(p)
@@ -137,14 +113,13 @@ class _LowerMany(Function):
                 for g, dtype in zip(grads, ctx.dtypes, strict=True)
             ]
         else:
-            out = _unscaled(ctx.gate, grads, ctx.masters, ctx.dtypes)
+            out = _unscaled(ctx.gate, grads, ctx.dtypes)
         return None, None, *out
 
 
 def _unscaled(
     gate: Gate,
     grads: tuple[Tensor | None, ...],
-    masters: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
 ) -> list[Tensor | None]:
     """Each gradient over the scale in its master's dtype, a bucket in one go."""
@@ -164,8 +139,7 @@ def _unscaled(
         if wide:
             torch._foreach_div_(wide, gate.scale)  # pyright: ignore[reportPrivateImportUsage]
     if narrow:
-        wide, counts = ops.unscale([grads[k] for k in narrow], gate.scale)  # pyright: ignore[reportArgumentType]
-        gate.note([masters[k] for k in narrow], wide, counts)
+        wide = ops.unscale([grads[k] for k in narrow], gate.scale)  # pyright: ignore[reportArgumentType]
         for k, grad in zip(narrow, wide, strict=True):
             out[k] = grad
     return out

@@ -182,9 +182,8 @@ class Guard:
             for ledger in ledgers:
                 ledger.check_losses()
             held = self._held()
-            looked_at = self._not_known_finite(held)
-            counts = ops.count_nonfinite([_values(h.parameter.grad) for h in looked_at])
-            nonfinite = [(h, n) for h, n in zip(looked_at, counts, strict=True) if n]
+            counts = ops.count_nonfinite([_values(h.parameter.grad) for h in held])
+            nonfinite = [(h, n) for h, n in zip(held, counts, strict=True) if n]
             if nonfinite and all(ledger.at_floor() for ledger in ledgers):
                 scale = max(ledger.gate.scale for ledger in ledgers)
                 raise NonFiniteError(not_finite_at_floor(_by_name(self._owners, nonfinite), scale))
@@ -193,15 +192,6 @@ class Guard:
                 ledger.abandon()
             raise
         return nonfinite
-
-    def _not_known_finite(self, held: list[_Held]) -> list[_Held]:
-        """Those whose gradient the backward has not counted, or that may have been written to since."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return held  # collectives write to a tensor without telling it: all_reduce(p.grad)
-        for owner in self._owners:
-            count = owner.ledger.gate.count
-            held = [h for h in held if count(h.parameter) != 0]
-        return held
 
     def _hide(self) -> Optimizer:
         """The stand-in of a step that is skipped; gradients are put away until `_after`."""

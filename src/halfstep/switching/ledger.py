@@ -110,7 +110,6 @@ class Ledger:
         )
         self.steps += 1
         self.skipped_steps += not applied
-        self.gate.forget()
         for ledger in (self,) if applied else self._concerned():
             ledger._pending.append(applied)
         self.settle_scale()

@@ -45,11 +45,13 @@ class LazyParameters(dict):
     ``state_dict()`` use, give masters. Copies and pickles are plain dicts: a copied model is unswitched.
     """
 
-    __slots__ = ("fp32",)
+    __slots__ = ("fp32", "writes")
 
     def __init__(self, parameters: dict[str, Any], fp32: frozenset[str]) -> None:
         super().__init__(parameters)
         self.fp32 = fp32
+        self.writes = 0
+        """How often a parameter was added, replaced or removed."""
 
     def __getitem__(self, key: str) -> Any:
         value = dict.__getitem__(self, key)
@@ -62,7 +64,13 @@ class LazyParameters(dict):
         region = getattr(_local, "region", None)
         if region is not None and isinstance(value, Tensor):
             value = region.master_of(value)
+        if dict.get(self, key) is not value:
+            self.writes += 1
         dict.__setitem__(self, key, value)
+
+    def __delitem__(self, key: str) -> None:
+        self.writes += 1
+        dict.__delitem__(self, key)
 
     def plain(self) -> dict[str, Any]:
         """A plain dict of the masters."""
@@ -132,7 +140,7 @@ class Region:
         self._autocast_device = plan.device
         self._copies: dict[tuple[int, torch.dtype], Tensor] = {}
         self._frozen_copies: dict[tuple[int, torch.dtype, bool], Tensor] = {}
-        self._masters: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self._masters: dict[int, tuple[Tensor, Tensor]] = {}
         self.thread = threading.get_ident()
         self.first_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
         self.last_node: int | None = None
@@ -177,7 +185,7 @@ class Region:
 
     def _remember(self, copy: Tensor, master: Tensor) -> None:
         if copy is not master:
-            self._masters[id(copy)] = (copy, master, _version(copy))
+            self._masters[id(copy)] = (copy, master)
 
     def master_of(self, tensor: Tensor) -> Tensor:
         """The master whose working copy ``tensor`` is, or ``tensor`` itself."""
@@ -186,8 +194,9 @@ class Region:
 
     def changed_copy(self) -> Tensor | None:
         """The master of a working copy that was written to in place, or None."""
-        for copy, master, version in self._masters.values():
-            if _version(copy) != version:
+        for copy, master in self._masters.values():
+            # A fresh copy is at version 0; a view of its master counts the master's writes.
+            if not copy.is_inference() and copy._version and not copy._is_view():
                 return master
         return None
 
@@ -213,11 +222,6 @@ class Region:
     def again(self) -> Region:
         """A region like this one for a recomputation: same plan and gate, working copies made anew."""
         return Region(self.plan, self.gate, self.lowers_through_boundary, _SINGLES, self.audit)
-
-
-def _version(t: Tensor) -> int:
-    """How often ``t`` was written to in place; tensors made in inference mode do not count it."""
-    return 0 if t.is_inference() else t._version
 
 
 class Buckets:

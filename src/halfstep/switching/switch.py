@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from halfstep.errors import OperandError, SwitchError
 from halfstep.recipe import Recipe, ScalingKind
 from halfstep.switching import engine, hooks, overrides
-from halfstep.switching.adoption import adopt, fingerprint, release, working_dtypes
+from halfstep.switching.adoption import Shape, adopt, release, working_dtypes
 from halfstep.switching.audit import (
     Intervals,
     Schedule,
@@ -113,7 +113,7 @@ class Switch:
         self._gate = self.ledger.gate
         self._inside = Intervals()
         self._schedules: dict[int, Schedule] = {}
-        self._fingerprints: dict[int, int] = {}
+        self._shapes: dict[int, Shape] = {}
         self._adopted: list[nn.Module] = []
         self._buckets = Buckets([])
         self._back_to_fp32: Callable[[], None] = _nothing
@@ -335,12 +335,13 @@ class Switch:
 
     def _adopt(self, root: nn.Module) -> None:
         self._adopted.extend(adopt(root, self))
-        self._fingerprints[id(root)] = fingerprint(root)
+        self._shapes[id(root)] = Shape(root)
         self._buckets = Buckets(working_dtypes(self.model, self.plan.low))
 
     def _readopt(self, root: nn.Module) -> bool:
         """Take in what was added below ``root`` since its last call; True where anything was."""
-        if self._fingerprints.get(id(root)) == fingerprint(root):
+        shape = self._shapes.get(id(root))
+        if shape is not None and shape.holds(root):
             return False
         self._adopt(root)
         return True
