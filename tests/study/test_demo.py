@@ -136,7 +136,7 @@ def test_a_signal_ends_the_workers_and_leaves_a_page(tmp_path: Path):
     )
     script = tmp_path / "script.py"
     script.write_text(code)
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.DEVNULL)
     lines = output.with_suffix(".runs.jsonl")
     deadline = time.monotonic() + 120
     while not lines.exists() and time.monotonic() < deadline:
