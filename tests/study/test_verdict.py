@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from halfstep.diagnosis.culprit import Breakdown
+from halfstep.diagnosis.footprint import Footprint
 from halfstep.diagnosis.probe import Evidence, Sample
 from halfstep.diagnosis.statistics import Exponents, Updates, reach
 from halfstep.study.page import Story, build_page, headline
@@ -15,6 +17,7 @@ from halfstep.study.runs import Experiment, Outcome, Run, Variant
 from halfstep.study.verdict import (
     Parity,
     compare,
+    cost_sentence,
     gradient_sentence,
     loss_scale_exponent,
     mixed_sentence,
@@ -131,6 +134,22 @@ def test_the_lowest_scale_counts():
     ]
     assert loss_scale_exponent(mixed) == 11
     assert loss_scale_exponent(BASE) == 16
+
+
+def test_costs_are_those_measured():
+    held = Footprint(weights=2**20, working=0, activations=2**22, gradients=2**20, optimizer=2**21)
+    base = runs(Variant.FP32, 27.0, step_ms=100.0, footprint=held)
+    mixed = runs(
+        Variant.MIXED,
+        27.0,
+        step_ms=110.0,
+        footprint=dataclasses.replace(held, activations=2**21, working=2**19),
+    )
+    sentence = cost_sentence(base, mixed)
+    assert "keeps 2.0 MiB of activations where FP32 keeps 4.0, and 6.5 MiB in all" in sentence
+    assert "instead of 8.0; " in sentence
+    assert sentence.endswith("at 1.10 of FP32's time a step.")
+    assert cost_sentence(BASE, mixed) == "Bytes and times were not measured."
 
 
 def story(*reader: Run, missing: tuple[str, ...] = ()) -> Story:

@@ -21,9 +21,11 @@ from halfstep.study.sections import (
     spread_of,
     updates,
 )
+from halfstep.study.tasks import RAISED_EPS
 from halfstep.study.verdict import (
     Parity,
     compare,
+    cost_sentence,
     finished_errors,
     gradient_sentence,
     loss_scale_exponent,
@@ -34,21 +36,26 @@ from halfstep.study.verdict import (
 __all__ = ["Story", "build_page", "headline"]
 
 _GLOSSARY = (
-    ("FP32", "plain PyTorch: every number has 32 bits", "`fp32`"),
+    (Variant.FP32, "plain PyTorch: every number has 32 bits", "fp32"),
     (
-        "mixed precision",
+        Variant.MIXED,
         "16-bit storage and multiplication, 32-bit addition and weights, gradients scaled",
-        "`fp16`",
+        "fp16",
     ),
     (
-        "no FP32 master copy",
+        Variant.NO_MASTER,
         "as mixed precision, but the weights are rounded to 16 bits after every update",
-        "`fp16-nomaster`",
+        "fp16-nomaster",
     ),
     (
-        "naive 16-bit",
+        Variant.NAIVE,
         "everything in 16 bits: weights, gradients, optimizer; no scale",
-        "`fp16-naive`",
+        "fp16-naive",
+    ),
+    (
+        Variant.NAIVE_RAISED,
+        f"the same, but for Adam's eps: raised from 1e-8 to {RAISED_EPS:g}",
+        "fp16-naive",
     ),
 )
 
@@ -83,8 +90,8 @@ def headline(story: Story) -> str:
         return "Mixed precision did not train this recogniser as well as FP32"
     if result.parity is Parity.SAME:
         naive = runs.get(Variant.NAIVE, [])
-        failed = any(run.outcome is Outcome.NOT_FINITE for run in naive)
-        end = "; naive 16-bit could not train it at all" if failed else ""
+        broken = [run.steps for run in naive if run.outcome is Outcome.NOT_FINITE]
+        end = f"; naive 16-bit, set the same, broke at step {broken[0]}" if broken else ""
         return f"In mixed precision the recogniser reads as well as in FP32{end}"
     return "Training a recogniser in FP32, in mixed precision and in naive 16-bit"
 
@@ -109,7 +116,7 @@ def build_page(story: Story) -> str:
         paragraph(story.corpus),
         table(
             ("name here", "what it is", "recipe"),
-            [(name, text, recipe.strip("`")) for name, text, recipe in _GLOSSARY],
+            [(variant.value, text, recipe) for variant, text, recipe in _GLOSSARY],
         ),
         note(
             "Hyper-parameters were chosen for FP32 on the development part and kept for every "
@@ -180,3 +187,5 @@ def _sentences(reader: Runs, digits: Runs) -> Iterator[str]:
         yield gradient_sentence(
             base, FP16, scale=loss_scale_exponent(reader.get(Variant.MIXED, []))
         )
+        if Variant.MIXED in reader:
+            yield cost_sentence(base, reader[Variant.MIXED])

@@ -15,10 +15,10 @@ from halfstep.study.handwriting import load_handwriting
 from halfstep.study.runs import Experiment, Run, Variant
 from halfstep.study.training import Plan, train_recognizer
 
-__all__ = ["DIGITS", "Job", "Size", "Task", "jobs_for", "load_corpus", "perform"]
+__all__ = ["DIGITS", "RAISED_EPS", "Job", "Size", "Task", "jobs_for", "load_corpus", "perform"]
 
 DIGITS = "digits"
-_RAISED = 1e-4  # the smallest power of ten in FP16's normal range
+RAISED_EPS = 1e-4  # the smallest power of ten in FP16's normal range
 # The recipe behind a variant, and its share of the work (an FP32 run of the recogniser is 1).
 _RECIPES = {
     Variant.FP32: ("fp32", 1.0),
@@ -73,7 +73,7 @@ def jobs_for(task: Task, size: Size, cache: Path) -> list[Job]:
     jobs = [dataclasses.replace(reader(Variant.NAIVE, 0), cost=0.02)]
     for seed in range(size.seeds):
         jobs += [reader(Variant.FP32, seed), reader(Variant.MIXED, seed)]
-    jobs.append(reader(Variant.NAIVE_RAISED, 0, eps=_RAISED))
+    jobs.append(reader(Variant.NAIVE_RAISED, 0, eps=RAISED_EPS))
     for variant in (Variant.FP32, Variant.MIXED, Variant.NO_MASTER, Variant.NAIVE):
         recipe, _ = _RECIPES[variant]
         for seed in range(size.seeds):

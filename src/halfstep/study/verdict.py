@@ -19,6 +19,7 @@ __all__ = [
     "Comparison",
     "Parity",
     "compare",
+    "cost_sentence",
     "finished_errors",
     "gradient_sentence",
     "loss_scale_exponent",
@@ -183,3 +184,19 @@ def loss_scale_exponent(runs: Sequence[Run]) -> int:
     """
     scales = [run.loss_scale for run in runs if run.loss_scale > 1]
     return math.floor(math.log2(min(scales))) if scales else 16
+
+
+def cost_sentence(baseline: Sequence[Run], variant: Sequence[Run]) -> str:
+    """What a step of ``variant`` holds and takes beside the baseline's, as measured here."""
+    first = next((run.footprint for run in baseline if run.footprint), None)
+    second = next((run.footprint for run in variant if run.footprint), None)
+    times = [[run.step_ms for run in runs if run.step_ms > 0] for runs in (baseline, variant)]
+    if first is None or second is None or not all(times):
+        return "Bytes and times were not measured."
+    ratio = statistics.median(times[1]) / statistics.median(times[0])
+    return (
+        f"A mixed-precision step keeps {second.activations / 2**20:.1f} MiB of activations where FP32 "
+        f"keeps {first.activations / 2**20:.1f}, and {second.total / 2**20:.1f} MiB in all instead of "
+        f"{first.total / 2**20:.1f}; its 16-bit arithmetic is emulated on this machine, at "
+        f"{ratio:.2f} of FP32's time a step."
+    )
