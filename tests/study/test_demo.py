@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from halfstep.errors import DataError
+from halfstep.errors import DataError, OperandError
 from halfstep.study import demo as demo_module
 from halfstep.study.demo import TaskChoice, run_demo
 from halfstep.study.runs import append_line
@@ -112,6 +112,14 @@ def test_without_speech_data_it_reads_handwriting_and_says_so(tmp_path: Path, mo
     assert "there is no apt here" in output.read_text()
     with pytest.raises(DataError, match="no apt"):
         quietly(output, tmp_path, TaskChoice.SPEECH)
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OperandError, match="give the name of a file"):
+        quietly(tmp_path, tmp_path)
+    with pytest.raises(OperandError, match="cannot be made"):
+        quietly(tmp_path / "file" / "report.html", tmp_path)
 
 
 def test_the_order_of_the_work():

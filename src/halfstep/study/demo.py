@@ -21,7 +21,7 @@ from rich.table import Table
 
 import halfstep
 from halfstep.diagnosis.page import write_whole
-from halfstep.errors import DataError
+from halfstep.errors import DataError, OperandError
 from halfstep.study.datasets import cache_folder
 from halfstep.study.page import Story, build_page, headline
 from halfstep.study.performing import perform_all
@@ -92,7 +92,9 @@ def run_demo(
 
     Raises:
         DataError: the data of the task asked for cannot be had (``auto``: of no task).
+        OperandError: ``output`` is no place to write a file to.
     """
+    _check_writable(output)
     chosen, notes = _choose(task, cache, console)
     if size.seeds < 2:
         notes.append(
@@ -102,7 +104,6 @@ def run_demo(
         )
     jobs = jobs_for(chosen, size, cache)
     lines = output.with_suffix(".runs.jsonl")
-    lines.parent.mkdir(parents=True, exist_ok=True)
     lines.unlink(missing_ok=True)
     started = time.perf_counter()
     finished: dict[int, Run] = {}
@@ -131,6 +132,16 @@ def run_demo(
         write_whole(output.with_suffix(".json"), json.dumps(as_plain(story), indent=1))
     _summarise(story, output, console)
     return _INTERRUPTED if interrupted else _status(story)
+
+
+def _check_writable(output: Path) -> None:
+    """Raise now, not in ten minutes."""
+    if output.is_dir() or (output.exists() and not os.access(output, os.W_OK)):
+        raise OperandError(f"the page cannot be written to {output}; give the name of a file")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OperandError(f"the folder of {output} cannot be made: {error}") from error
 
 
 def _choose(task: TaskChoice, cache: Path, console: Console) -> tuple[Task, list[str]]:
