@@ -20,7 +20,7 @@ from halfstep.study.tasks import Size, Task, jobs_for, perform
 
 
 def test_every_run_is_in_the_page_and_on_a_line_of_its_own(small_demo):
-    assert len(small_demo.lines) == 1 + 2 + 1 + 4
+    assert len(small_demo.lines) == 1 + 3 + 4
     told = small_demo.story["reader"] + small_demo.story["digits"]
     assert sorted(map(str, told)) == sorted(map(str, small_demo.lines))
     assert small_demo.story["missing"] == []
@@ -124,7 +124,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path):
 
 def test_the_order_of_the_work():
     jobs = jobs_for(Task.SPEECH, Size(seeds=3, steps=1, digit_steps=1), Path())
-    assert len(jobs) == 1 + 2 * 3 + 1 + 4 * 3
+    assert len(jobs) == 1 + 3 * 3 + 4 * 3
     assert jobs[0].experiment.recipe == "fp16-naive"
     assert {job.experiment.recipe for job in jobs} == {
         "fp32",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,14 @@ __all__ = [
     "bytes_held",
     "lines",
     "loss_by_scale",
+    "percent",
     "points_with_means",
     "power",
     "styled",
 ]
 
 COLOURS = ("#33507a", "#0f7b55", "#b3261e", "#c77700", "#6b4fa0", "#5b6475")
+_DASHES = ("solid", "dash", "dot")  # curves that lie on each other must all be seen
 _LOST, _SUBNORMAL, _NORMAL = "#b3261e", "#e0a63a", "#2f6db5"
 
 
@@ -32,6 +35,15 @@ def power(exponent: int) -> str:
     '2⁻²⁴'
     """
     return "2" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def percent(share: float) -> str:
+    """A share in percent as text; what is too small to matter is said to be so.
+
+    >>> percent(16.1), percent(0.0), percent(1.6e-6)
+    ('16.1%', '0%', '<0.001%')
+    """
+    return "<0.001%" if 0 < share < 0.001 else f"{share:.3g}%"
 
 
 def styled(plot: go.Figure, *, x: str, y: str, height: int = 380) -> go.Figure:
@@ -133,7 +145,7 @@ def lines(
     legend.
     """
     plot = go.Figure()
-    for name, curves in series.items():
+    for (name, curves), dash in zip(series.items(), itertools.cycle(_DASHES), strict=False):
         colour = colours.get(name, COLOURS[0])
         for index, (abscissae, ordinates) in enumerate(curves):
             plot.add_scatter(
@@ -141,7 +153,7 @@ def lines(
                 y=list(ordinates),
                 mode="lines+markers",
                 marker={"size": 5},
-                line={"color": colour, "width": 1.8},
+                line={"color": colour, "width": 1.8, "dash": dash},
                 opacity=0.85,
                 name=name,
                 legendgroup=name,

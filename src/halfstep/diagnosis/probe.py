@@ -92,6 +92,7 @@ class Probe:
         self._optimizer = optimizer
         self._every = every
         self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._order = [name for name, _ in model.named_modules()]
         self._handles: list[RemovableHandle] = []
         self._step = 0
         self._before: dict[nn.Parameter, Tensor] = {}
@@ -134,7 +135,8 @@ class Probe:
                     activation_gradients=tally.activation_gradients,
                     updates=tally.updates,
                 )
-                for name, tally in self._layers.items()
+                for name in self._order
+                if (tally := self._layers.get(name)) is not None
             ),
             breakdown=self._breakdown,
         )

@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -190,6 +191,11 @@ def _status(story: Story) -> int:
     )
 
 
+def _median_ms(runs: Sequence[Run]) -> str:
+    times = [run.step_ms for run in runs if run.step_ms > 0]
+    return f"{statistics.median(times):.3g}" if times else "-"
+
+
 def _of(runs: Sequence[Run], variant: Variant) -> list[Run]:
     return [run for run in runs if run.experiment.variant is variant]
 
@@ -207,7 +213,7 @@ def _summarise(story: Story, output: Path, console: Console) -> None:
                     f"{name}: {variant.value}",
                     f"{sum(errors) / len(errors):.1f}%" if errors else "-",
                     " ".join(f"{error:.1f}" for error in errors) or "-",
-                    f"{sorted(run.step_ms for run in runs)[len(runs) // 2]:.3g}",
+                    _median_ms(runs),
                     ", ".join(sorted({run.outcome.value for run in runs})),
                 )
     console.print(table)

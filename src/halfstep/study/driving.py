@@ -60,7 +60,8 @@ def drive(experiment: Experiment, trainee: Trainee, pace: Pace, tell: Tell) -> R
     losses: list[float] = []
     times: list[float] = []
     skipped, stopped = 0, ""
-    mark = max(1, pace.steps // pace.points)
+    marks = {round(pace.steps * (point + 1) / pace.points) for point in range(pace.points)}
+    marked = 0
     started = time.perf_counter()
     with (
         switched(model, optimizer, experiment.recipe) as switch,
@@ -79,11 +80,12 @@ def drive(experiment: Experiment, trainee: Trainee, pace: Pace, tell: Tell) -> R
             if probe.breakdown is not None:
                 stopped = probe.breakdown.reason
                 break
-            if step % mark == 0 or step == pace.steps:
+            if step in marks:
                 error = trainee.check()
                 seconds = time.perf_counter() - started
-                loss = statistics.fmean(losses[-mark:])
+                loss = statistics.fmean(losses[marked:])
                 curve.append(Point(step=step, seconds=seconds, loss=loss, error=error))
+                marked = step
             if step % max(1, pace.steps // 200) == 0:
                 tell(step / pace.steps, curve[-1].error if curve else math.nan)
         seconds = time.perf_counter() - started

@@ -59,6 +59,7 @@ _GLOSSARY = (
     ),
 )
 
+_TONES = {Parity.SAME: Tone.GOOD, Parity.WORSE: Tone.BAD, Parity.UNDECIDED: Tone.PLAIN}
 _IN_FULL = {Variant.NO_MASTER: "mixed precision without its FP32 master copy"}
 
 
@@ -148,12 +149,13 @@ def _cards(reader: Runs, digits: Runs) -> Iterator[Card]:
     for variant, runs in reader.items():
         errors = finished_errors(runs)
         stopped = [run for run in runs if run.outcome is not Outcome.FINISHED]
+        parity = compare(reader.get(Variant.FP32, []), runs).parity
         if errors:
             yield Card(
                 label=variant.value,
                 figure=f"{statistics.fmean(errors):.1f}%",
                 detail=f"characters wrong on held-out sentences ({spread_of(errors)})",
-                tone=Tone.BAD if stopped else Tone.PLAIN if variant is Variant.FP32 else Tone.GOOD,
+                tone=Tone.PLAIN if variant is Variant.FP32 else _TONES[parity],
             )
         elif stopped:
             yield Card(

@@ -19,6 +19,7 @@ from halfstep.diagnosis.plots import (
     bytes_held,
     lines,
     loss_by_scale,
+    percent,
     points_with_means,
     power,
 )
@@ -124,11 +125,11 @@ def gradients(reader: Runs) -> list[str]:
     def row(name: str, seen: Exponents) -> tuple[str, ...]:
         return (
             name,
-            f"{seen.zero_share:.3g}%",
-            f"{seen.lost_share(FP16):.3g}%",
-            f"{seen.lost_share(FP16, scale=scale):.3g}%",
-            f"{100 * seen.subnormal(FP16) / max(1, seen.nonzero):.3g}%",
-            f"{100 * seen.overflown(FP16, scale=scale) / max(1, seen.nonzero):.3g}%",
+            percent(seen.zero_share),
+            percent(seen.lost_share(FP16)),
+            percent(seen.lost_share(FP16, scale=scale)),
+            percent(100 * seen.subnormal(FP16) / max(1, seen.nonzero)),
+            percent(100 * seen.overflown(FP16, scale=scale) / max(1, seen.nonzero)),
         )
 
     return [
@@ -338,10 +339,10 @@ def layers(reader: Runs) -> list[str]:
             rows.append(
                 (
                     layer.name,
-                    f"{weights.lost_share(FP16):.3g}%",
-                    f"{weights.lost_share(FP16, scale=scale):.3g}%",
-                    f"{inner.lost_share(FP16):.3g}%",
-                    f"{layer.updates.swallowed_share:.3g}%",
+                    percent(weights.lost_share(FP16)),
+                    percent(weights.lost_share(FP16, scale=scale)),
+                    percent(inner.lost_share(FP16)),
+                    percent(layer.updates.swallowed_share),
                 )
             )
     head = (

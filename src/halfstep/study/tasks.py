@@ -72,8 +72,11 @@ def jobs_for(task: Task, size: Size, cache: Path) -> list[Job]:
 
     jobs = [dataclasses.replace(reader(Variant.NAIVE, 0), cost=0.02)]
     for seed in range(size.seeds):
-        jobs += [reader(Variant.FP32, seed), reader(Variant.MIXED, seed)]
-    jobs.append(reader(Variant.NAIVE_RAISED, 0, eps=RAISED_EPS))
+        jobs += [
+            reader(Variant.FP32, seed),
+            reader(Variant.MIXED, seed),
+            reader(Variant.NAIVE_RAISED, seed, eps=RAISED_EPS),
+        ]
     for variant in (Variant.FP32, Variant.MIXED, Variant.NO_MASTER, Variant.NAIVE):
         recipe, _ = _RECIPES[variant]
         for seed in range(size.seeds):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from halfstep.diagnosis.plots import power
+from halfstep.diagnosis.plots import percent, power
 from halfstep.diagnosis.statistics import Reach, total
 from halfstep.study.runs import Outcome, Run
 from halfstep.study.switched import sixteen_bit_weights
@@ -66,8 +66,8 @@ def compare(baseline: Sequence[Run], variant: Sequence[Run]) -> Comparison:
     """The :class:`Comparison` of two sets of runs.
 
     Worse, if a run of the variant stopped on something not finite, or if its mean error is higher
-    by more than the spread over seeds. Undecided without a run of the variant or with fewer than
-    two of the baseline: one run has no spread.
+    by more than the spread over seeds. Undecided with fewer than two runs on a
+    side: one run has no spread.
     """
     first, second = finished_errors(baseline), finished_errors(variant)
     mean_first = statistics.fmean(first) if first else math.nan
@@ -75,7 +75,7 @@ def compare(baseline: Sequence[Run], variant: Sequence[Run]) -> Comparison:
     spread = max((max(errors) - min(errors) for errors in (first, second) if errors), default=0.0)
     if any(run.outcome is Outcome.NOT_FINITE for run in variant):
         parity = Parity.WORSE
-    elif len(first) < 2 or not second:
+    elif min(len(first), len(second)) < 2:
         parity = Parity.UNDECIDED
     else:
         parity = Parity.WORSE if mean_second - mean_first > spread else Parity.SAME
@@ -123,7 +123,7 @@ def why(name: str, baseline: Sequence[Run], variant: Sequence[Run], *, score: st
             f"where seeds alone make {result.spread:.1f}. {swallowed}"
         )
     return (
-        f"{name} came to its end: {figures}; with one FP32 seed a difference of "
+        f"{name} came to its end: {figures}; with one seed a side a difference of "
         f"{result.difference:+.1f} points decides nothing. {swallowed}"
     )
 
@@ -152,11 +152,11 @@ def gradient_sentence(runs: Sequence[Run], to: Reach, *, scale: int) -> str:
     if not weights.values:
         return "No gradients were sampled."
     return (
-        f"Without a loss scale FP16 would turn {weights.lost_share(to):.2g}% of the non-zero "
-        f"weight gradients and {inner.lost_share(to):.2g}% of the non-zero activation gradients "
-        f"into zeros; with a scale of {power(scale)}, {weights.lost_share(to, scale=scale):.2g}% and "
-        f"{inner.lost_share(to, scale=scale):.2g}%. (Already zero in FP32, and no loss of FP16: "
-        f"{weights.zero_share:.2g}% and {inner.zero_share:.2g}%.)"
+        f"Without a loss scale FP16 would turn {percent(weights.lost_share(to))} of the non-zero "
+        f"weight gradients and {percent(inner.lost_share(to))} of the non-zero activation gradients "
+        f"into zeros; with a scale of {power(scale)}, {percent(weights.lost_share(to, scale=scale))} and "
+        f"{percent(inner.lost_share(to, scale=scale))}. (Already zero in FP32, and no loss of FP16: "
+        f"{percent(weights.zero_share)} and {percent(inner.zero_share)}.)"
     )
 
 
@@ -175,7 +175,7 @@ def mixed_sentence(baseline: Sequence[Run], variant: Sequence[Run]) -> str:
         case Parity.WORSE:
             return f"Mixed precision did worse than FP32: {figures}."
         case Parity.UNDECIDED:
-            return f"One FP32 seed decides nothing: {figures}."
+            return f"One seed a side decides nothing: {figures}."
 
 
 def loss_scale_exponent(runs: Sequence[Run]) -> int:
