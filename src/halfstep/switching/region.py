@@ -31,6 +31,8 @@ _local = threading.local()
 _NARROW = (torch.float16, torch.bfloat16)
 # Elements that share one graph node: a node a parameter would cost more than the cast of a small one.
 _BUCKET = 1 << 21
+# Where a cast of its own costs no more than a place in a bucket.
+SMALL = 1 << 14
 
 
 def current() -> Region | None:
@@ -177,6 +179,12 @@ class Region:
             self._remember(copy, master)
             return copy
         bucket = self.buckets.of(master, dtype)
+        if len(bucket) == 1 and not self.lowers_through_boundary:
+            # At scale 1 torch's own cast is all the boundary there is; made where the weight is read, it
+            # leaves the copy in the cache.
+            copy = self._copies[index] = master.to(dtype)
+            self._remember(copy, master)
+            return copy
         copies = lower_many([m for m, _ in bucket], self.gate, tuple(d for _, d in bucket))
         for (m, d), c in zip(bucket, copies, strict=True):
             self._copies.setdefault((id(m), d), c)

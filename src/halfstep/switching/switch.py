@@ -35,7 +35,7 @@ from halfstep.switching.module_hooks import call_leaving, has_hooks_after_forwar
 from halfstep.switching.naming import describe, parameter_names
 from halfstep.switching.plain import become_half
 from halfstep.switching.plan import Plan, make_plan
-from halfstep.switching.region import Buckets, Region, check_unwritten, current
+from halfstep.switching.region import SMALL, Buckets, Region, check_unwritten, current
 from halfstep.switching.structure import map_tensors, tensors_in
 
 __all__ = ["Switch", "switch"]
@@ -336,7 +336,13 @@ class Switch:
     def _adopt(self, root: nn.Module) -> None:
         self._adopted.extend(adopt(root, self))
         self._shapes[id(root)] = Shape(root)
-        self._buckets = Buckets(working_dtypes(self.model, self.plan.low))
+        low = self.plan.low
+        masters = working_dtypes(self.model, low)
+        if (
+            not self._scaled
+        ):  # then torch's own cast does for the large, and FP32 ones are read as they are
+            masters = [(p, dtype) for p, dtype in masters if dtype == low and p.numel() <= SMALL]
+        self._buckets = Buckets(masters)
 
     def _readopt(self, root: nn.Module) -> bool:
         """Take in what was added below ``root`` since its last call; True where anything was."""
