@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from halfstep.study import workers
 from halfstep.study.runs import Outcome, Run, append_line
@@ -28,8 +29,8 @@ def perform_all(
     figures: dict[int, str] = {}
     columns = (
         TextColumn("{task.percentage:>3.0f}%"),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
+        BarColumn(bar_width=16),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.description}"),
     )
     with (
@@ -45,7 +46,7 @@ def perform_all(
                 case workers.Progressed():
                     shares[event.job] = event.share
                     figures[event.job] = (
-                        "" if event.figure != event.figure else f" ({event.figure:.1f}% wrong)"
+                        "" if event.figure != event.figure else f" ({event.figure:.0f}% wrong)"
                     )
                 case workers.Done():
                     finished[event.job] = event.result
@@ -60,7 +61,7 @@ def perform_all(
                 append_line(lines, finished[event.job])
                 console.print(_line(finished[event.job]), highlight=False)
             running = [
-                f"{_title(jobs[number])} {100 * share:.0f}%{figures[number]}"
+                f"{_short(jobs[number])} {100 * share:.0f}%{figures[number]}"
                 for number, share in shares.items()
                 if number not in finished
             ]
@@ -76,9 +77,8 @@ def _processes() -> int:
     return max(1, min(cores or 1, 8))
 
 
-def _title(job: Job) -> str:
-    experiment = job.experiment
-    return f"{experiment.task}, {experiment.variant.value}, seed {experiment.seed}"
+def _short(job: Job) -> str:
+    return f"{job.experiment.variant.value} {job.experiment.seed}:"
 
 
 def _failed(job: Job, reason: str) -> Run:
