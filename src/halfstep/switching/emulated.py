@@ -18,7 +18,7 @@ from torch import Tensor
 
 from halfstep.errors import SwitchError
 from halfstep.format import Format
-from halfstep.switching.products import convolve, matmul, rows, wide_rows
+from halfstep.switching.products import convolve, matmul, repeated_rows, rows, wide_rows
 
 __all__ = ["Carriers", "Emulator", "attention", "dot"]
 
@@ -58,6 +58,10 @@ class Emulator:
     def rows(self, a: Tensor, b: Tensor) -> Tensor:
         """``a @ b.T`` of FP32 carriers (M, K) and (N, K), likewise; without a graph."""
         return wide_rows(a, b, self.accumulate)
+
+    def repeated(self, b: Tensor, count: int) -> Callable[[Tensor], Tensor]:
+        """`rows` with one ``b``, to be called for many ``a`` of about ``count`` rows."""
+        return repeated_rows(b, count, self.accumulate)
 
 
 class Carriers:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from halfstep.format import Format
     from halfstep.switching.emulated import Emulator
 
-__all__ = ["convolve", "matmul", "rows", "wide_rows"]
+__all__ = ["convolve", "matmul", "repeated_rows", "rows", "wide_rows"]
 
 
 _TINY = 1 << 19
@@ -54,6 +54,17 @@ def wide_rows(a: Tensor, b: Tensor, accumulate: Format) -> Tensor:
     if accumulate.name == "fp32":
         return _gemm(a, b)
     return ops.dot_accumulate(a.unsqueeze(0), b.t().unsqueeze(0), accumulate)[0]
+
+
+def repeated_rows(b: Tensor, count: int, accumulate: Format) -> Callable[[Tensor], Tensor]:
+    """`wide_rows` with ``b``, for many ``a`` of about ``count`` rows: oneDNN lays ``b`` out for it once."""
+    pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+    worth = count * b.numel() >= _TINY and b.device.type == "cpu" and accumulate.name == "fp32"
+    if pack is None or _gemm is F.linear or not worth:
+        return lambda a: wide_rows(a, b, accumulate)
+    packed = pack(b.contiguous(), count)
+    linear = torch.ops.mkldnn._linear_pointwise
+    return lambda a: linear(a, packed, None, "none", [], "")
 
 
 class _Rows(Function):

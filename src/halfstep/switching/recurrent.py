@@ -61,25 +61,28 @@ def _lstm_forward(
     h: Tensor,
     c: Tensor,
     low: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     width = h.size(1)
     cells = gates.new_empty(gates.size(0), width)
     outs = torch.empty(gates.size(0), width, dtype=low, device=gates.device)
+    state_rows = emulator.repeated(w_hh, len(h))
     for start, n in steps.order():
         g = gates[start : start + n]
-        g.add_(emulator.rows(h[:n], w_hh))
+        g.add_(state_rows(h[:n]))
         g.copy_(g.to(low))
         g[:, : 2 * width].sigmoid_()
         g[:, 2 * width : 3 * width].tanh_()
         g[:, 3 * width :].sigmoid_()
         i, f, new, o = g.chunk(4, 1)
-        state = torch.mul(f, c[:n]).addcmul_(i, new).to(low)
-        cell = cells[start : start + n].copy_(state)
-        c[:n] = cell
+        cell = cells[start : start + n].copy_(torch.mul(f, c[:n]).addcmul_(i, new).to(low))
+        if n == len(c):
+            c = cell  # all sequences go on: the cell of this step is the state of the next
+        else:
+            c = torch.cat([cell, c[n:]])
         out = outs[start : start + n]
         out.copy_(torch.tanh(cell).mul_(o))
         h[:n] = out
-    return outs, cells
+    return outs, cells, c
 
 
 def _lstm_backward(
@@ -102,7 +105,7 @@ def _lstm_backward(
         [new * i * (1 - i), previous_cells * f * (1 - f), i * (1 - new * new)], 1
     )
     d_gates = torch.empty_like(gates)
-    back = w_hh.t()
+    state_rows = emulator.repeated(w_hh.t(), len(dh))
     for start, n in reversed(steps.order()):
         rows = slice(start, start + n)
         d_out = dh[:n].add_(grad_out[rows])
@@ -112,7 +115,7 @@ def _lstm_backward(
         torch.mul(d_out, through_out[rows], out=d[:, 3 * width :])
         d.copy_(d.to(emulator.low))
         dc[:n] = (d_cell * f[rows]).to(emulator.low)
-        dh[:n] = emulator.rows(d, back).to(emulator.low)
+        dh[:n] = state_rows(d).to(emulator.low)
     return d_gates
 
 
@@ -129,9 +132,10 @@ def _gru_forward(
     gates[:, 2 * width :] = gates[:, 2 * width :].to(low)
     gated = gates.new_empty(gates.size(0), width)  # the state's part of the new gate
     outs = torch.empty(gates.size(0), width, dtype=low, device=gates.device)
+    state_rows = emulator.repeated(w_hh, len(h))
     for start, n in steps.order():
         g = gates[start : start + n]
-        state = emulator.rows(h[:n], w_hh)
+        state = state_rows(h[:n])
         if b_hh is not None:
             state += b_hh
         rz, new = g[:, : 2 * width], g[:, 2 * width :]
@@ -168,14 +172,14 @@ def _gru_backward(
         1,
     )
     d_all = gates.new_empty(gates.size(0), 4, width)
-    back = w_hh.t()
+    state_rows = emulator.repeated(w_hh.t(), len(dh))
     for start, n in reversed(steps.order()):
         rows = slice(start, start + n)
         d_out = dh[:n].add_(grad_out[rows])
         d = torch.mul(d_out.unsqueeze(1), factors[rows], out=d_all[rows])
         d.copy_(d.to(emulator.low))
         d_state = d[:, :3].reshape(n, 3 * width)
-        d_out.mul_(z[rows]).add_(emulator.rows(d_state, back))
+        d_out.mul_(z[rows]).add_(state_rows(d_state))
         dh[:n] = d_out.to(emulator.low)
     flat = d_all.view(-1, 4 * width)
     d_state = flat[:, : 3 * width]
@@ -193,8 +197,9 @@ def _plain_forward(
     relu: bool,
 ) -> Tensor:
     outs = torch.empty(gates.size(0), h.size(1), dtype=low, device=gates.device)
+    state_rows = emulator.repeated(w_hh, len(h))
     for start, n in steps.order():
-        z = _round(emulator, gates[start : start + n] + emulator.rows(h[:n], w_hh))
+        z = _round(emulator, gates[start : start + n] + state_rows(h[:n]))
         out = outs[start : start + n]
         out.copy_(torch.relu(z) if relu else torch.tanh(z))
         h[:n] = out
@@ -212,11 +217,11 @@ def _plain_backward(
 ) -> Tensor:
     factors = (outs > 0).to(torch.float32) if relu else 1 - outs * outs
     d_gates = torch.empty_like(outs)
-    back = w_hh.t()
+    state_rows = emulator.repeated(w_hh.t(), len(dh))
     for start, n in reversed(steps.order()):
         rows = slice(start, start + n)
         d = d_gates[rows].copy_(((dh[:n] + grad_out[rows]) * factors[rows]).to(emulator.low))
-        dh[:n] = emulator.rows(d, back).to(emulator.low)
+        dh[:n] = state_rows(d).to(emulator.low)
     return d_gates
 
 
@@ -252,7 +257,7 @@ class _Layer(Function):
         c = None if c0 is None else c0.float().clone()
         cells = gated = None
         if kind == "lstm":
-            outs, cells = _lstm_forward(emulator, steps, gates, w_state, h, c, low)  # pyright: ignore[reportArgumentType]
+            outs, cells, c = _lstm_forward(emulator, steps, gates, w_state, h, c, low)  # pyright: ignore[reportArgumentType]
         elif kind == "gru":
             b_new = None
             if b_hh is not None:
