@@ -180,10 +180,13 @@ def test_two_threads_train_side_by_side():
     """torch numbers graph nodes by thread: one thread's must not be taken for the other's."""
     results, errors = {}, []
     barrier = threading.Barrier(2, timeout=60)
+    recipes = ("fp32", "fp16:initial=8192")
+    # Made here: the two threads would draw their weights from one global generator.
+    models = {recipe: mlp() for recipe in recipes}
 
     def train(recipe):
         try:
-            model = mlp()
+            model = models[recipe]
             optimizer = sgd(model, lr=0.05)
             switch = halfstep.switch(model, optimizer, recipe)
             for _ in range(20):
@@ -196,7 +199,7 @@ def test_two_threads_train_side_by_side():
             errors.append(error)
             barrier.abort()
 
-    threads = [threading.Thread(target=train, args=(r,)) for r in ("fp32", "fp16:initial=8192")]
+    threads = [threading.Thread(target=train, args=(r,)) for r in recipes]
     for t in threads:
         t.start()
     for t in threads:
