@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfstep.cli import cell, format_record, recipe_record
+from halfstep.cli.catalogues import format_record, recipe_record
+from halfstep.cli.printing import cell
 from halfstep.format import formats
 from halfstep.recipe import recipes
 from halfstep.recipe.catalogue import SYNONYMS

@@ -16,6 +16,8 @@ import pytest
 
 import halfstep
 from halfstep import cli
+from halfstep.cli import bench
+from halfstep.cli import demo as cli_demo
 from halfstep.format import formats
 from halfstep.recipe import recipes
 from halfstep.study import demo
@@ -148,7 +150,7 @@ def test_bench_json_and_record(run, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("spelled", "meant"), [(cli.ClockName, Clock), (cli.TaskName, demo.TaskChoice)]
+    ("spelled", "meant"), [(bench.ClockName, Clock), (cli_demo.TaskName, demo.TaskChoice)]
 )
 def test_choices_spelled_out_are_the_enumerations(spelled: object, meant: type[Enum]):
     assert list(get_args(get_args(spelled)[0])) == [member.value for member in meant]
