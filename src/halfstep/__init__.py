@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares the two lists
     from halfstep.format import Format as Format
     from halfstep.format import formats as formats
+    from halfstep.ops import matmul as matmul
     from halfstep.ops import round_to as round_to
     from halfstep.recipe import Recipe as Recipe
     from halfstep.recipe import recipes as recipes
@@ -23,6 +24,7 @@ _PUBLIC: dict[str, str] = {
     "Format": "halfstep.format",
     "Recipe": "halfstep.recipe",
     "formats": "halfstep.format",
+    "matmul": "halfstep.ops",
     "recipes": "halfstep.recipe",
     "round_to": "halfstep.ops",
     "switch": "halfstep.switching",

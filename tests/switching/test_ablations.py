@@ -7,7 +7,7 @@ from torch import nn
 import halfstep
 from against_fp32 import assert_close, batch, both, gradients, mlp, sgd
 from halfstep import ops
-from halfstep.format import Format
+from halfstep.format import Accumulator
 
 X, Y = batch()
 
@@ -171,5 +171,5 @@ def test_acc16_differs_from_fp16_and_errs_more():
 def test_acc16_uses_ops_own_accumulator():
     torch.manual_seed(0)
     a, b = torch.randn(4, 70).half().float(), torch.randn(3, 70).half().float()
-    got = ops.dot_accumulate(a.unsqueeze(0), b.t().unsqueeze(0), Format.parse("fp16"))[0]
+    got = ops.multiply(a, b.t(), Accumulator.parse("fp16"))
     assert torch.equal(got.half().float(), brute_force(a, b, torch.zeros(3)))

@@ -1,5 +1,5 @@
 // Dot products whose sum is rounded to a grid after every exact step; the twin of
-// halfstep/ops/reference.py, dot_accumulate_into. This file: how the work is cut; the steps are in
+// halfstep/ops/summation.py. This file: how the work is cut; the steps are in
 // dot_portable.hpp and dot_avx512.hpp.
 #pragma once
 

@@ -1,14 +1,18 @@
 """What a number is: formats as frozen data, and the exact scalar codec."""
 
+from halfstep.format.accumulator import Accumulator, Order, Products
 from halfstep.format.catalogue import formats
 from halfstep.format.choices import Kind, Overflow, Rounding, Specials
 from halfstep.format.codec import Value, decode, encode, overflow, round_number
 from halfstep.format.number import Format
 
 __all__ = [
+    "Accumulator",
     "Format",
     "Kind",
+    "Order",
     "Overflow",
+    "Products",
     "Rounding",
     "Specials",
     "Value",

@@ -2,7 +2,7 @@
 
 from halfstep.ops.backends import Backend, Choice, choose, explain
 from halfstep.ops.counting import count_nonfinite, unscale
-from halfstep.ops.dot import dot_accumulate
+from halfstep.ops.matmul import matmul, multiply
 from halfstep.ops.random_bits import Key, draw_key, random_bits
 from halfstep.ops.rounding import round_to
 
@@ -12,9 +12,10 @@ __all__ = [
     "Key",
     "choose",
     "count_nonfinite",
-    "dot_accumulate",
     "draw_key",
     "explain",
+    "matmul",
+    "multiply",
     "random_bits",
     "round_to",
     "unscale",

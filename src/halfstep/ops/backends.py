@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from halfstep.errors import OperandError, UnknownNameError
-from halfstep.format import Format
-from halfstep.ops import native, reference
+from halfstep.format import Accumulator, Format
+from halfstep.ops import native, reference, summation
 
 __all__ = ["TABLE", "Backend", "Choice", "Row", "choose", "explain"]
 
@@ -46,8 +46,8 @@ class Row:
     """A device type, or "any"."""
     backend: Backend
     function: Callable[..., Any]
-    refuses: Callable[[Format | None, Sequence[Tensor]], str]
-    """Why it cannot do what is asked; empty if it can."""
+    refuses: Callable[[Any, Sequence[Tensor]], str]
+    """Why it cannot do what is asked (a `Format`, an `Accumulator`, or None) to these tensors, or empty."""
     covers: str
     """What it can do, in words."""
 
@@ -61,7 +61,7 @@ class Choice:
     reason: str
 
 
-def _refuses_nothing(format: Format | None, tensors: Sequence[Tensor]) -> str:
+def _refuses_nothing(asked: object, tensors: Sequence[Tensor]) -> str:
     return ""
 
 
@@ -84,20 +84,20 @@ TABLE = (
         covers="every format and rounding",
     ),
     Row(
-        op="dot_accumulate",
+        op="matmul",
         device="cpu",
         backend=Backend.NATIVE,
-        function=native.dot_accumulate_into,
-        refuses=native.refuses_round,
-        covers="every eXmY up to 21 mantissa bits; AVX-512, else plain C++",
+        function=native.matmul_into,
+        refuses=native.refuses_matmul,
+        covers="eXmY up to 21 mantissa bits, sequential, fused, to nearest; AVX-512, else plain C++",
     ),
     Row(
-        op="dot_accumulate",
+        op="matmul",
         device="any",
         backend=Backend.REFERENCE,
-        function=reference.dot_accumulate_into,
+        function=summation.matmul_into,
         refuses=_refuses_nothing,
-        covers="every eXmY up to 21 mantissa bits",
+        covers="every accumulator",
     ),
     Row(
         op="count_nonfinite",
@@ -140,7 +140,7 @@ def choose(
     backend: Backend,
     *,
     tensors: Sequence[Tensor],
-    format: Format | None = None,
+    asked: Format | Accumulator | None = None,
 ) -> Choice:
     """The implementation for these operands: the first row that is asked for and does not refuse.
 
@@ -154,7 +154,7 @@ def choose(
         if row.device not in (device.type, "any"):
             refusals.append(f"{row.backend.value} runs on {row.device}, not {device.type}")
             continue
-        refusal = row.refuses(format, tensors)
+        refusal = row.refuses(asked, tensors)
         if not refusal:
             reason = "; ".join(refusals) or f"{row.backend.value} covers {row.covers}"
             return Choice(function=row.function, backend=row.backend, reason=reason)

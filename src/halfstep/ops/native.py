@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from halfstep.format import Format, Kind, Rounding, overflow
+from halfstep.format import Accumulator, Format, Kind, Rounding, Specials, overflow
 from halfstep.ops import reference
 from halfstep.ops.random_bits import Key
 
@@ -33,13 +33,16 @@ _core, MISSING = _load()
 __all__ = [
     "MISSING",
     "count_nonfinite",
-    "dot_accumulate_into",
     "instruction_set",
+    "matmul_into",
     "refuses_count",
+    "refuses_matmul",
     "refuses_round",
     "round_into",
     "unscale",
 ]
+
+_MOST_DIGITS = 22  # two less than float32's, which a rounding in two steps needs to be exact
 
 # Types whose elements lie in memory as their strides say.
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -134,13 +137,26 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
         target.copy_(rounded)
 
 
-def dot_accumulate_into(out: Tensor, a: Tensor, b: Tensor, format: Format) -> None:
-    """Adds ``a @ b`` to ``out`` in order of k, rounded to the format after every exact step.
+def refuses_matmul(accumulator: Accumulator, tensors: Sequence[Tensor]) -> str:
+    """Why the kernels cannot add like that; empty if they can."""
+    adder = accumulator.adder
+    if adder.specials is not Specials.IEEE or adder.precision > _MOST_DIGITS:
+        return f"no native kernel adds in {adder}"
+    if accumulator != Accumulator.parse(adder):
+        return f"no native kernel adds as {accumulator} does"
+    return refuses_round(adder, tensors)
 
-    See `halfstep.ops.dot_accumulate`. ``out`` is contiguous; ``a`` and ``b`` may be broadcast.
+
+def matmul_into(
+    out: Tensor, a: Tensor, b: Tensor, initial: Tensor, accumulator: Accumulator, key: Key
+) -> None:
+    """Writes ``a @ b + initial`` to ``out``, added as the accumulator says; see `halfstep.matmul`.
+
+    ``out`` is contiguous; ``a`` and ``b`` may be broadcast.
     """
     if not out.numel():
         return
+    round_into(out, initial.to(torch.float32), accumulator.adder, Rounding.NEAREST, key)
     a_starts, b_starts = _starts(a), _starts(b)
     _core.dot_accumulate(
         a=a.data_ptr(),
@@ -156,7 +172,7 @@ def dot_accumulate_into(out: Tensor, a: Tensor, b: Tensor, format: Format) -> No
         m=a.shape[-2],
         n=b.shape[-1],
         k=a.shape[-1],
-        grid=_grid(format, Rounding.NEAREST, torch.float32),
+        grid=_grid(accumulator.adder, Rounding.NEAREST, torch.float32),
         threads=torch.get_num_threads(),
     )
     torch.autograd.graph.increment_version(out)

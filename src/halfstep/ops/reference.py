@@ -14,7 +14,7 @@ from torch import Tensor
 from halfstep.format import Format, Kind, Rounding, overflow
 from halfstep.ops.random_bits import Key, random_bits
 
-__all__ = ["count_nonfinite", "dot_accumulate_into", "round_into", "unscale"]
+__all__ = ["count_nonfinite", "round_into", "unscale"]
 
 
 def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: Key) -> None:
@@ -112,33 +112,6 @@ def _round_binary(value: Tensor, rounding: Rounding, key: Key) -> Tensor:
     else:
         positive = value >= 0
     return positive.to(torch.float64) * 2 - 1
-
-
-def dot_accumulate_into(out: Tensor, a: Tensor, b: Tensor, format: Format) -> None:
-    """Adds ``a @ b`` to ``out`` in order of k, rounded to the format after every exact step.
-
-    See `halfstep.ops.dot_accumulate`; ``out`` holds the numbers to start from.
-    """
-    total = out.to(torch.float64)
-    left, right = a.to(torch.float64), b.to(torch.float64)
-    for k in range(a.shape[-1]):
-        product = left[..., :, k, None] * right[..., k, None, :]  # 24 + 24 bits: exact
-        round_into(total, _add_to_odd(total, product), format, Rounding.NEAREST, Key())
-    out.copy_(total)
-
-
-def _add_to_odd(x: Tensor, y: Tensor) -> Tensor:
-    """x + y rounded to odd: where it is not exact, the neighbour whose last bit is 1.
-
-    A second rounding, to at most two bits less, is then the rounding of the exact sum (S. Boldo and
-    G. Melquiond, Emulation of FMA and correctly rounded sums, IEEE Trans. Computers 57(4), 2008).
-    """
-    total = x + y
-    part = total - x  # Knuth's two-sum: total + error is x + y exactly
-    error = (x - (total - part)) + (y - part)
-    to_odd = (error != 0) & error.isfinite() & (total.view(torch.int64) & 1 == 0)
-    toward = torch.where(error > 0, torch.inf, -torch.inf)
-    return torch.where(to_odd, torch.nextafter(total, toward), total)
 
 
 def count_nonfinite(tensors: Sequence[Tensor]) -> list[int]:

@@ -119,7 +119,7 @@ def _rounded(x: Tensor, format: Format, rounding: Rounding, key: Key, backend: B
 def _round_into(
     out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: Key, backend: Backend
 ) -> None:
-    choice = choose("round_to", x.device, backend, format=format, tensors=(x, out))
+    choice = choose("round_to", x.device, backend, asked=format, tensors=(x, out))
     choice.function(out, x, format, rounding, key)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from halfstep import ops
+from halfstep.format import Accumulator
 
 if TYPE_CHECKING:
     from halfstep.format import Format
@@ -53,7 +54,7 @@ def wide_rows(a: Tensor, b: Tensor, accumulate: Format) -> Tensor:
     """``a @ b.T`` of FP32 carriers (M, K) and (N, K), added in ``accumulate``; FP32, no graph."""
     if accumulate.name == "fp32":
         return _gemm(a, b)
-    return ops.dot_accumulate(a.unsqueeze(0), b.t().unsqueeze(0), accumulate)[0]
+    return ops.multiply(a, b.t(), Accumulator.parse(accumulate))
 
 
 def repeated_rows(b: Tensor, count: int, accumulate: Format) -> Callable[[Tensor], Tensor]:
@@ -109,7 +110,7 @@ class _Batched(Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, accumulate: Format) -> Tensor:
         ctx.save_for_backward(a, b)
         ctx.accumulate = accumulate
-        return ops.dot_accumulate(a, b, accumulate)
+        return ops.multiply(a, b, Accumulator.parse(accumulate))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

@@ -1,0 +1,333 @@
+"""`matmul`: the public edge of dot products. Checks and gradient; back ends do the arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from halfstep.errors import OperandError
+from halfstep.format import Accumulator, Format, Order, Products, Rounding
+from halfstep.ops.backends import Backend, choose
+from halfstep.ops.random_bits import Key, draw_key
+from halfstep.ops.rounding import CARRIERS, round_to
+
+__all__ = ["Arithmetic", "check_operand", "formats_of", "matmul", "multiply", "product", "rounded"]
+
+_MOST_STEPS = 2**26  # a stochastic sum has random bits of its own for so many
+_NO_KEY = Key()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """How a product of operands that are rounded already is added, forward and backward."""
+
+    forward: Accumulator
+    backward: Accumulator
+    gradient: Format
+    """What the gradient that arrives is rounded to."""
+    backend: Backend = Backend.AUTO
+
+    @property
+    def of_gradients(self) -> Arithmetic:
+        """That of the products in the backward."""
+        return replace(self, forward=self.backward)
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    operands: Format | str | tuple[Format | str, Format | str] = "fp16",
+    accumulate: Accumulator | Format | str = "fp16",
+    order: Order | str | None = None,
+    chunk: int | None = None,
+    initial: Tensor | None = None,
+    *,
+    between: Format | str | None = None,
+    split: int | None = None,
+    rounding: Rounding | str | None = None,
+    products: Products | str | None = None,
+    compensated: bool | None = None,
+    gradient: Format | str | None = None,
+    grad_accumulate: Accumulator | Format | str | None = None,
+    generator: torch.Generator | None = None,
+    backend: Backend | str = Backend.AUTO,
+) -> Tensor:
+    """``a @ b + initial`` with operands in one format and the sum in another, bit for bit defined.
+
+    ``a`` and ``b`` are as for `torch.matmul` (vectors, matrices, batches that broadcast, any
+    strides), float32, float64 or 16-bit, on one device. The result is float32; float64 where an
+    operand is. ``initial`` (the C of A @ B + C) broadcasts to the result.
+
+    Both operands are rounded to ``operands`` (nearest; a pair gives each its own; "fp32" leaves
+    float32 and 16-bit tensors as they are) and multiplied exactly. ``accumulate`` says in which
+    numbers they are added: a format, or the text form of an `Accumulator`, of which the keywords
+    ``order`` to ``compensated`` change single fields. For each element of the result, R being the
+    rounding to the accumulator's format, once, and RB that to ``between`` (nearest; R where it is
+    the same format, as it is unless given)::
+
+        sum = R(initial or +0)                     # to nearest; RB where there are chunks or parts
+        # order="sequential": one rounding a step, as a fused multiply-add in the format
+        for k in range(K): sum = R(sum + a[k] * b[k])
+        # products="rounded": the product is rounded, too
+        for k in range(K): sum = R(sum + R(a[k] * b[k]))
+        # order="pairwise": a tree over the products; an odd one out goes up a level as it is
+        terms = [a[k] * b[k] for k in range(K)]
+        while len(terms) > 1: terms = [R(x + y) for x, y in pairs_of(terms)] + odd_one_out(terms)
+        sum = R(sum + terms[0])
+        # compensated: Kahan's
+        lost = +0
+        for k in range(K):
+            term = R(a[k] * b[k] - lost); new = R(sum + term)
+            lost = R(R(new - sum) - term); sum = new
+        # chunk=n: each n products are added as above from +0, and the chunks' sums in order
+        for n products: sum = RB(sum + sum_of_these(n))
+        # split=n: each of n parts of ceil(K / n) products is added as above from +0, with its chunks
+        for part of n: sum = RB(sum + sum_of_part)
+
+    Rounding ``stochastic`` rounds the exact sum to float32 (nearest) and that to the format
+    stochastically: unbiased to 2^(p - 25) of a unit in a format of p digits. Its random bits depend
+    on the ``generator``, on k, and on the place in the result, on nothing else.
+
+    - NaN, infinities, signs of zero and overflow are as IEEE 754 has them for each operation;
+      formats without infinity saturate or become NaN as `round_to` says.
+    - K = 0 gives R(initial or +0); an empty result is allowed.
+    - fp32 accumulates with one FMA a step, in order: not what a BLAS does.
+
+    Gradient: straight through, every rounding being passed over. The gradient that arrives is
+    rounded to ``gradient`` (the format of ``a`` if not given) and multiplied with the rounded
+    operands, added as ``grad_accumulate`` says (as the forward if not given); where an operand was
+    broadcast, its gradient is one dot product over the batch, too.
+    ``backend`` is for tests: auto | reference | native; see `halfstep.ops.explain`.
+
+    Raises `UnknownNameError` for an unknown name, `FormatError` for an accumulator that cannot be,
+    `OperandError` for tensors that cannot be multiplied.
+
+    >>> ones = torch.ones(1, 4096)
+    >>> matmul(ones, ones.T).item()   # 2048 + 1 is 2048 in fp16
+    2048.0
+    >>> matmul(ones, ones.T, chunk=64).item(), matmul(ones, ones.T, "fp16", "fp32").item()
+    (4096.0, 4096.0)
+
+    Source: IEEE 754-2019, section 5.4.1 (fusedMultiplyAdd); N. J. Higham, The accuracy of
+    floating point summation, SIAM J. Sci. Comput. 14(4), 1993; chunks: Wang et al., arXiv
+    1812.08011, section 2.3; ``between``: DeepSeek-V3, arXiv 2412.19437, section 3.3.2.
+    """
+    left, right = formats_of(operands)
+    forward = Accumulator.parse(accumulate).replace(
+        **_given(
+            order=order and Order.parse(order),
+            chunk=chunk,
+            between=between and Format.parse(between),
+            split=split,
+            rounding=rounding and Rounding.parse(rounding),
+            products=products and Products.parse(products),
+            compensated=compensated,
+        )
+    )
+    arithmetic = Arithmetic(
+        forward=forward,
+        backward=forward if grad_accumulate is None else Accumulator.parse(grad_accumulate),
+        gradient=left if gradient is None else Format.parse(gradient),
+        backend=Backend.parse(backend),
+    )
+    for name, operand in (("a", a), ("b", b)):
+        check_operand("matmul", name, operand, least=1)
+    a_rounded, b_rounded = rounded(a, left), rounded(b, right)
+    rows = a_rounded if a.dim() > 1 else a_rounded.unsqueeze(0)
+    columns = b_rounded if b.dim() > 1 else b_rounded.unsqueeze(1)
+    shape = _shape_of(rows, columns, a, b)
+    if initial is None:
+        start = torch.zeros((), dtype=torch.float32, device=a.device)
+    else:
+        check_operand("matmul", "initial", initial, least=0)
+        start = _inserted(initial, a.dim() == 1, b.dim() == 1)
+        _check_broadcasts(start, shape, initial)
+    out = product(rows, columns, start, arithmetic, generator)
+    if a.dim() == 1:
+        out = out.squeeze(-2)
+    return out.squeeze(-1) if b.dim() == 1 else out
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    initial: Tensor,
+    arithmetic: Arithmetic,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``a @ b + initial`` of operands that are rounded already; checks are the caller's.
+
+    ``a`` (..., M, K) and ``b`` (..., K, N) broadcast, ``initial`` broadcasts to the result.
+    """
+    forward, backward = arithmetic.forward, arithmetic.backward
+    stochastic = Rounding.STOCHASTIC in (forward.rounding, backward.rounding)
+    if stochastic and a.shape[-1] >= _MOST_STEPS:
+        raise OperandError(
+            f"matmul: K = {a.shape[-1]} with stochastic rounding; allowed: less than {_MOST_STEPS}"
+        )
+    key = draw_key(generator) if stochastic else _NO_KEY
+    return _Product.apply(a, b, initial, arithmetic, key)  # pyright: ignore[reportReturnType]
+
+
+class _Product(Function):
+    """One matrix product; its backward is two more, which can be differentiated in their turn."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, initial: Tensor, arithmetic: Arithmetic, key: Key
+    ) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.initial_shape, ctx.initial_dtype = initial.shape, initial.dtype
+        ctx.arithmetic, ctx.key = arithmetic, key
+        # rounded operands have at most 24 digits, and the exponents of a float32
+        out = multiply(
+            a.to(torch.float32),
+            b.to(torch.float32),
+            arithmetic.forward,
+            initial=initial,
+            key=key,
+            backend=arithmetic.backend,
+        )
+        return out.double() if torch.float64 in (a.dtype, b.dtype) else out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        (grad,) = grads
+        arithmetic = ctx.arithmetic.of_gradients
+        low = rounded(grad, arithmetic.gradient)
+        none = torch.zeros((), dtype=torch.float32, device=grad.device)
+        need_a, need_b, need_initial, *_ = ctx.needs_input_grad
+        to_a = to_b = to_initial = None
+        if need_a:
+            left, right = _folded(a.shape[:-2], low, b.mT)
+            key = _next_key(ctx.key, 1)
+            to_a = _Product.apply(left, right, none, arithmetic, key).view(a.shape).to(a.dtype)
+        if need_b:
+            # transposed, so that it is the right operand's batch that folds into rows and columns
+            left, right = _folded(b.shape[:-2], low.mT, a)
+            key = _next_key(ctx.key, 2)
+            product = _Product.apply(right.mT, left.mT, none, arithmetic, key)
+            to_b = product.view(b.shape).to(b.dtype)
+        if need_initial:
+            to_initial = grad.sum_to_size(ctx.initial_shape).to(ctx.initial_dtype)
+        return to_a, to_b, to_initial, None, None
+
+
+def _next_key(key: Key, which: int) -> Key:
+    return key if key == _NO_KEY else Key.from_seed((key.low << 32 | key.high) + which)
+
+
+def _folded(kept: torch.Size, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x (batch, I, J) and y (batch, J, L) with the batch dimensions that ``kept`` lacks moved into J.
+
+    One product of the two is then the sum over those dimensions, in order, last one fastest but J.
+    """
+    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
+    sizes = [1] * (len(batch) - len(kept)) + list(kept)
+    summed = [d for d, (size, all) in enumerate(zip(sizes, batch, strict=True)) if size != all]
+    if summed:
+        rest = [d for d in range(len(batch)) if d not in summed]
+        at = len(batch)
+        x = x.permute(*rest, at, *summed, at + 1).flatten(len(rest) + 1)
+        y = y.permute(*rest, *summed, at, at + 1).flatten(len(rest), -2)
+    return x, y
+
+
+def multiply(
+    a: Tensor,
+    b: Tensor,
+    accumulator: Accumulator,
+    *,
+    initial: Tensor | None = None,
+    key: Key = _NO_KEY,
+    backend: Backend = Backend.AUTO,
+) -> Tensor:
+    """``a @ b + initial`` of operands that are rounded already, without a graph; float32.
+
+    ``a`` (..., M, K) and ``b`` (..., K, N), float32, leading dimensions broadcast; ``initial``
+    broadcasts to the result, +0 if not given. Checks are the caller's; see `halfstep.matmul`.
+    """
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a = a.detach().resolve_neg().expand(*batch, *a.shape[-2:])
+    b = b.detach().resolve_neg().expand(*batch, *b.shape[-2:])
+    out = a.new_empty((*batch, a.shape[-2], b.shape[-1]))
+    start = out.new_zeros(()) if initial is None else initial.detach()
+    choice = choose("matmul", a.device, backend, asked=accumulator, tensors=(a, b))
+    choice.function(out, a, b, start.expand(out.shape), accumulator, key)
+    return out
+
+
+def formats_of(operands: Any) -> tuple[Format, Format]:
+    """The formats of the two operands, from one or a pair."""
+    if isinstance(operands, tuple | list):
+        if len(operands) != 2:
+            raise OperandError(
+                f"matmul: operands={operands!r}; allowed: a format, or a pair of formats"
+            )
+        return Format.parse(operands[0]), Format.parse(operands[1])
+    format = Format.parse(operands)
+    return format, format
+
+
+def rounded(x: Tensor, format: Format) -> Tensor:
+    """``x`` in the format, in a dtype that holds it; straight-through gradient."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    return x if format.name == "fp32" and x.dtype is torch.float32 else round_to(x, format)
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def check_operand(op: str, name: str, x: object, *, least: int) -> None:
+    """Raises `OperandError` for what is no dense floating-point tensor of ``least`` dimensions."""
+    if not isinstance(x, Tensor):
+        raise OperandError(f"{op}: {name} is a {type(x).__name__}; allowed: a torch.Tensor")
+    if x.dtype not in CARRIERS or x.layout is not torch.strided or x.dim() < least:
+        raise OperandError(
+            f"{op}: {name} is {x.dtype} of shape {tuple(x.shape)} ({x.layout}); allowed: a dense "
+            f"float32, float64, float16 or bfloat16 tensor of {least} or more dimensions"
+        )
+
+
+def _shape_of(rows: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> torch.Size:
+    if rows.shape[-1] != columns.shape[-2] or a.device != b.device:
+        raise OperandError(
+            f"matmul: a is {tuple(a.shape)} on {a.device} and b is {tuple(b.shape)} on {b.device}; "
+            "wanted: (..., M, K) and (..., K, N) on one device"
+        )
+    try:
+        batch = torch.broadcast_shapes(rows.shape[:-2], columns.shape[:-2])
+    except RuntimeError:
+        raise OperandError(
+            f"matmul: leading dimensions of a {tuple(a.shape)} and b {tuple(b.shape)} "
+            "do not broadcast"
+        ) from None
+    return torch.Size((*batch, rows.shape[-2], columns.shape[-1]))
+
+
+def _inserted(initial: Tensor, row: bool, column: bool) -> Tensor:
+    """``initial`` with the dimensions that vectors lack in the result."""
+    if column and initial.dim():
+        initial = initial.unsqueeze(-1)
+    if row and initial.dim() > int(column):
+        initial = initial.unsqueeze(-2)
+    return initial
+
+
+def _check_broadcasts(start: Tensor, shape: torch.Size, initial: Tensor) -> None:
+    try:
+        fits = torch.broadcast_shapes(start.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise OperandError(
+            f"matmul: initial is {tuple(initial.shape)}; it must broadcast to the result, {tuple(shape)}"
+        )

@@ -1,0 +1,70 @@
+"""Dot products by the definition in `halfstep.matmul`, one number at a time, in fractions.
+
+Finite numbers and nearest or directed roundings; the sign of a zero is not followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from halfstep.format import Accumulator, Format, Order, Products, Rounding, round_number
+
+
+def dot(a: Sequence[float], b: Sequence[float], accumulator: Accumulator, initial: float = 0.0):
+    """The sum of a[k] * b[k] as the accumulator makes it; a float where it overflowed."""
+    exact = [Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True)]
+    between = accumulator.chunk or accumulator.split > 1
+    format = accumulator.between if between else accumulator.adder
+    start = _number(round_number(Fraction(initial), format, Rounding.NEAREST))
+    if accumulator.split == 1:
+        return float(_chunks(exact, accumulator, start))
+    total, length = start, max(-(-len(exact) // accumulator.split), 1)
+    for first in range(0, len(exact), length):
+        part = _chunks(exact[first : first + length], accumulator, Fraction(0))
+        total = _between(total + part, accumulator)
+    return float(total)
+
+
+def _chunks(exact: list[Fraction], accumulator: Accumulator, start: Fraction) -> Fraction:
+    if not accumulator.chunk:
+        return _products(exact, accumulator, start)
+    total = start
+    for first in range(0, len(exact), accumulator.chunk):
+        inside = _products(exact[first : first + accumulator.chunk], accumulator, Fraction(0))
+        total = _between(total + inside, accumulator)
+    return total
+
+
+def _products(exact: list[Fraction], accumulator: Accumulator, start: Fraction) -> Fraction:
+    def r(x: Fraction) -> Fraction:
+        return _number(round_number(x, accumulator.adder, accumulator.rounding))
+
+    terms = [r(x) for x in exact] if accumulator.products is Products.ROUNDED else exact
+    if accumulator.order is Order.PAIRWISE:
+        if not terms:
+            return start
+        while len(terms) > 1:
+            odd = terms[-1:] if len(terms) % 2 else []
+            terms = [r(x + y) for x, y in zip(terms[::2], terms[1::2], strict=False)] + odd
+        return r(start + terms[0])
+    total, lost = start, Fraction(0)
+    for x in terms:
+        if accumulator.compensated:
+            term = r(x - lost)
+            new = r(total + term)
+            lost = r(r(new - total) - term)
+            total = new
+        else:
+            total = r(total + x)
+    return total
+
+
+def _between(x: Fraction, accumulator: Accumulator) -> Fraction:
+    same = accumulator.between == accumulator.adder
+    format: Format = accumulator.between
+    return _number(round_number(x, format, accumulator.rounding if same else Rounding.NEAREST))
+
+
+def _number(x: Fraction | float) -> Fraction:
+    return Fraction(x)  # an infinity or NaN raises: choose operands that stay finite
