@@ -29,7 +29,7 @@ def matmul_into(
     ``a`` is (..., M, K), ``b`` is (..., K, N), ``out`` and ``initial`` (..., M, N); same leading
     dimensions, operands of at most 24 bits.
     """
-    adder = _Adder(accumulator, key)
+    adder = _Adder(accumulator=accumulator, key=key)
     depth = a.shape[-1]
     starts_between = accumulator.chunk > 0 or accumulator.split > 1
     start = torch.empty_like(out, dtype=torch.float64)
@@ -97,7 +97,7 @@ def _tree(adder: _Adder, a: Tensor, b: Tensor, steps: range, start: Tensor) -> T
     return start
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Adder:
     """What one addition does; all numbers are float64 tensors, exact."""
 
