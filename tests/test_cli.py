@@ -19,7 +19,7 @@ from halfstep import cli
 from halfstep.cli import bench
 from halfstep.cli import demo as cli_demo
 from halfstep.format import formats
-from halfstep.recipe import recipes
+from halfstep.recipe import policies, recipes
 from halfstep.study import demo
 from halfstep.study.benchmarks import switch as switch_benchmark
 from halfstep.study.benchmarks.harness import Clock, Ratio, Row, Sense, Target
@@ -86,6 +86,19 @@ def test_a_limit_that_does_not_exist_is_null_in_json(run):
     assert math.isnan(formats()["int8"].smallest_normal)
     record = json.loads(run("formats", "int8", "--json")[1])
     assert record["smallest normal"] is None
+
+
+def test_an_op_policy_is_printed_edited_and_read_back(run, tmp_path):
+    _, table, _ = run("recipes", "--policy", "amp")
+    assert all(op in table for op, _ in policies()["amp"].classes)
+    record = json.loads(run("recipes", "--policy", "amp", "--json")[1])
+    record["classes"]["fp32"].remove("softplus")
+    path = tmp_path / "edited.json"
+    path.write_text(json.dumps(record))
+    _, table, _ = run("recipes", "--policy", str(path))
+    assert "policy=amp/softplus-own" in table
+    assert run("recipes", "--policy", str(tmp_path / "absent.json"))[0] == 2
+    assert run("recipes", "fp16", "--policy", "amp")[0] == 2
 
 
 def test_recipes_table_and_json_have_the_whole_catalogue(run):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from halfstep.errors import RecipeError, UnknownNameError
 from halfstep.format import Format
-from halfstep.recipe import LossScaling, Policy, Recipe, ScalingKind, recipes
+from halfstep.recipe import LossScaling, Recipe, ScalingKind, policies, recipes
 from halfstep.recipe.catalogue import SYNONYMS
 from halfstep.recipe.recipe import FORMAT_FIELDS
 
@@ -149,8 +149,14 @@ def test_variants():
 def test_replace_takes_values_as_well_as_text():
     bf16 = Format.parse("bf16")
     scaling = LossScaling(kind=ScalingKind.NONE)
-    recipe = Recipe.parse("fp16").replace(store=bf16, policy=Policy.PAPER, loss_scaling=scaling)
-    assert (recipe.store, recipe.policy, recipe.loss_scaling) == (bf16, Policy.PAPER, scaling)
+    recipe = Recipe.parse("fp16").replace(
+        store=bf16, policy=policies()["paper"], loss_scaling=scaling
+    )
+    assert (recipe.store, recipe.policy, recipe.loss_scaling) == (
+        bf16,
+        policies()["paper"],
+        scaling,
+    )
     assert recipe.name == "fp16:store=bf16,policy=paper,scaling=none"
     assert recipe.summary.endswith("; here store=bf16,policy=paper,scaling=none")
     assert "1710.03740" in recipe.source
@@ -168,7 +174,7 @@ KEYS = (
         ("fp16:acc=fp16", f"unknown key 'acc' in 'fp16:acc=fp16'; allowed: {KEYS}"),
         ("fp16:accumulate", f"'accumulate' in 'fp16:accumulate' should be key=value; keys: {KEYS}"),
         ("fp16:", f"'' in 'fp16:' should be key=value; keys: {KEYS}"),
-        ("fp16:policy=x", "policy=x in 'fp16:policy=x': allowed: amp, paper"),
+        ("fp16:policy=x", "policy=x in 'fp16:policy=x': unknown op policy 'x'; known: amp, paper"),
         ("fp16:scaling=x", "scaling=x in 'fp16:scaling=x': allowed: none, dynamic"),
         ("fp16:interval=2.5", "interval=2.5 in 'fp16:interval=2.5': allowed: a whole number"),
         ("fp16:growth=x", "growth=x in 'fp16:growth=x': allowed: a number"),

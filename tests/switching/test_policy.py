@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from halfstep.switching import policy
+from halfstep.recipe import OpClass, policies
+from halfstep.recipe.policies import LOSSES
+from halfstep.switching.overrides import overload
 from halfstep.switching.region import current
 from twins import on
 
@@ -20,29 +22,9 @@ NOT_IN_THE_TABLES = {
     "_thnn_fused_lstm_cell": "likewise",
     "_thnn_fused_gru_cell": "likewise",
     "_scaled_dot_product_flash_attention": "likewise",
-    "scaled_dot_product_attention": "emulated as a whole where products are; torch's own elsewhere",
     "prelu": "torch's CPU autocast lowers it too",
     "grid_sampler": "promoted by CUDA autocast, FP32 in CPU autocast",
     "binary_cross_entropy": "CUDA autocast refuses it, CPU autocast computes it in FP32, which is safe",
-}
-# Losses are FP32 in torch's lists of both devices; halfstep leaves them to torch.
-LOSSES = {
-    "binary_cross_entropy_with_logits",
-    "cosine_embedding_loss",
-    "hinge_embedding_loss",
-    "huber_loss",
-    "kl_div",
-    "l1_loss",
-    "margin_ranking_loss",
-    "mse_loss",
-    "multi_margin_loss",
-    "multilabel_margin_loss",
-    "nll_loss",
-    "nll_loss2d",
-    "poisson_nll_loss",
-    "smooth_l1_loss",
-    "soft_margin_loss",
-    "triplet_margin_loss",
 }
 # Cases of torch's lists that cannot run here, and why.
 CANNOT_RUN = {
@@ -58,31 +40,17 @@ def registered(key):
     }
 
 
-TABLES = {
-    "wide": policy.WIDE,
-    "mixed": policy.MIXED,
-    "into": policy.INTO,
-    "dots": policy.DOTS,
-    "composite": policy.COMPOSITE_DOTS,
-    "recurrent": policy.RECURRENT,
-    "promote": policy.PROMOTE,
-}
+AMP = policies()["amp"]
 
 
-@pytest.mark.parametrize("table", TABLES)
-def test_every_name_is_an_operation_of_this_torch(table):
-    assert [name for name in TABLES[table] if policy.overload(name) is None] == []
+@pytest.mark.parametrize("kind", OpClass)
+def test_every_name_is_an_operation_of_this_torch(kind):
+    assert [name for name in AMP.names(kind) if overload(name) is None] == []
 
 
-def test_no_operation_is_in_two_classes():
-    names = [name for table in TABLES.values() for name in table]
-    assert sorted(set(names)) == sorted(names)
-
-
-def test_the_tables_cover_cuda_autocast():
+def test_the_table_covers_cuda_autocast():
     """An operation that a new torch adds to its lists must be put into a class, or its absence explained."""
-    ours = {name for table in TABLES.values() for name in table}
-    missing = registered("AutocastCUDA") - ours - LOSSES
+    missing = registered("AutocastCUDA") - {name for name, _ in AMP.classes}
     assert missing == set(NOT_IN_THE_TABLES)
 
 
@@ -233,3 +201,41 @@ def test_layer_norm_and_batch_norm(recipe):
         recipe, lambda: batch(x, zero.clone(), one.clone(), one.to(low), zero.to(low), True)
     )
     assert found.dtype == low
+
+
+def test_an_edited_policy_is_what_runs():
+    """softplus out of the FP32 class, tanh into it, a product in FP32; torch's own again afterwards."""
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(3)).half()
+    functions = {
+        "softplus": torch.nn.functional.softplus,
+        "tanh": torch.tanh,
+        "mm": lambda t: torch.mm(t, t),
+    }
+    edited = "fp16:policy=amp/mm-fp32/softplus-own/tanh-fp32"
+    for recipe, wanted in (
+        ("fp16", (torch.float32, torch.float16, torch.float16)),
+        (edited, (torch.float16, torch.float32, torch.float32)),
+        ("fp16", (torch.float32, torch.float16, torch.float16)),
+    ):
+        for function, dtype in zip(functions.values(), wanted, strict=True):
+            assert in_region(recipe, lambda f=function: f(x)).dtype == dtype
+    assert torch.equal(in_region(edited, lambda: torch.mm(x, x)), x.float() @ x.float())
+
+
+def test_two_policies_side_by_side():
+    x = torch.randn(8).half()
+    plain, edited = InRegion(), InRegion()
+    on(plain, "fp16")
+    on(edited, "fp16:policy=amp/exp-own")
+    for _ in range(2):
+        plain(lambda: torch.exp(x))
+        edited(lambda: torch.exp(x))
+        assert plain.found.dtype == torch.float32
+        assert edited.found.dtype == torch.float16
+
+
+def test_what_is_left_to_torch_can_be_edited_too():
+    x, y = torch.randn(8).half(), torch.randn(8).half()
+    loss = torch.nn.functional.mse_loss
+    assert in_region("fp16", lambda: loss(x, y)).dtype == torch.float32
+    assert in_region("fp16:policy=amp/mse_loss-own", lambda: loss(x, y)).dtype == torch.float16

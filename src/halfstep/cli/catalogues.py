@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from halfstep.cli.printing import AsJson, print_record, print_records
 from halfstep.format import Format, formats
-from halfstep.recipe import Recipe, recipes
+from halfstep.recipe import OpClass, OpPolicy, Recipe, recipes
 
 __all__ = ["format_record", "list_formats", "list_recipes", "recipe_record"]
 
@@ -38,13 +39,30 @@ def list_recipes(
     name: Annotated[
         str, typer.Argument(help="One recipe, or a variant, in full.", show_default=False)
     ] = "",
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Instead, an op policy, operation by operation: amp, paper, an edited one such as "
+            "amp/softplus-own, or a JSON file as --json prints it.",
+            show_default=False,
+        ),
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """The recipes that have a name, or one recipe in full.
+    """The recipes that have a name, one recipe in full, or an op policy.
 
     Example: halfstep recipes fp16:accumulate=fp16,master=fp16
+
+    Example: halfstep recipes --policy amp
     """
-    if name:
+    if policy and name:
+        raise typer.BadParameter(
+            f"give a recipe ({name}) or --policy {policy}, not both; "
+            "the policy of a recipe is the last of its fields"
+        )
+    if policy:
+        _print_policy(_read_policy(policy), as_json=as_json)
+    elif name:
         print_record(recipe_record(Recipe.parse(name)), as_json=as_json)
     else:
         records = [recipe_record(it) for it in recipes().values()]
@@ -52,6 +70,26 @@ def list_recipes(
         if not as_json:
             print()
             print_records(records, ("name", "summary"), as_json)
+
+
+def _read_policy(given: str) -> OpPolicy:
+    path = Path(given)
+    if path.suffix != ".json":
+        return OpPolicy.parse(given)
+    try:
+        return OpPolicy.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise typer.BadParameter(f"--policy {given}: {error.strerror}") from None
+
+
+def _print_policy(policy: OpPolicy, *, as_json: bool) -> None:
+    if as_json:
+        print(policy.to_json())
+        return
+    pairs = [*policy.classes, ("all others", OpClass.OWN)]
+    rows = [{"operation": op, "class": kind.value, "why": kind.why} for op, kind in pairs]
+    print_records(rows, ("operation", "class", "why"), as_json)
+    print(f"\npolicy={policy}: {policy.summary or 'an edited policy'}")
 
 
 def format_record(it: Format) -> dict[str, Any]:
@@ -90,7 +128,7 @@ def recipe_record(it: Recipe) -> dict[str, Any]:
         "master": it.master.name,
         "optimizer": it.optimizer.name,
         "scaling": it.loss_scaling.kind.value,
-        "policy": it.policy.value,
+        "policy": str(it.policy),
         "guarded": it.guarded,
         "loss scaling": scaling,
         "summary": it.summary,

@@ -1,7 +1,17 @@
-"""Where which number is used: recipes as frozen data, their catalogue and their text form."""
+"""Where which number is used: recipes as frozen data, op policies, their catalogues and text forms."""
 
 from halfstep.recipe.catalogue import recipes
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
-from halfstep.recipe.recipe import Policy, Recipe
+from halfstep.recipe.op_policy import OpClass, OpPolicy
+from halfstep.recipe.policies import policies
+from halfstep.recipe.recipe import Recipe
 
-__all__ = ["LossScaling", "Policy", "Recipe", "ScalingKind", "recipes"]
+__all__ = [
+    "LossScaling",
+    "OpClass",
+    "OpPolicy",
+    "Recipe",
+    "ScalingKind",
+    "policies",
+    "recipes",
+]

@@ -7,7 +7,8 @@ from types import MappingProxyType
 
 from halfstep.format import Format
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
-from halfstep.recipe.recipe import Policy, Recipe
+from halfstep.recipe.policies import AMP, PAPER
+from halfstep.recipe.recipe import Recipe
 
 __all__ = ["CATALOGUE", "SYNONYMS", "recipes"]
 
@@ -30,7 +31,7 @@ _LITERALS = (
         master=_FP32,
         optimizer=_FP32,
         loss_scaling=_UNSCALED,
-        policy=Policy.AMP,
+        policy=AMP,
     ),
     Recipe(
         name="bf16",
@@ -46,7 +47,7 @@ _LITERALS = (
         master=_FP32,
         optimizer=_FP32,
         loss_scaling=_UNSCALED,
-        policy=Policy.AMP,
+        policy=AMP,
     ),
     Recipe(
         name="fp16",
@@ -61,7 +62,7 @@ _LITERALS = (
         master=_FP32,
         optimizer=_FP32,
         loss_scaling=_DYNAMIC,
-        policy=Policy.AMP,
+        policy=AMP,
     ),
     Recipe(
         name="fp16-naive",
@@ -77,7 +78,7 @@ _LITERALS = (
         master=_FP16,
         optimizer=_FP16,
         loss_scaling=_UNSCALED,
-        policy=Policy.PAPER,
+        policy=PAPER,
     ),
     Recipe(
         name="fp16-noscale",
@@ -91,7 +92,7 @@ _LITERALS = (
         master=_FP32,
         optimizer=_FP32,
         loss_scaling=_UNSCALED,
-        policy=Policy.AMP,
+        policy=AMP,
     ),
     Recipe(
         name="fp16-nomaster",
@@ -105,7 +106,7 @@ _LITERALS = (
         master=_FP16,
         optimizer=_FP32,
         loss_scaling=_DYNAMIC,
-        policy=Policy.AMP,
+        policy=AMP,
     ),
     Recipe(
         name="fp16-acc16",
@@ -119,7 +120,7 @@ _LITERALS = (
         master=_FP32,
         optimizer=_FP32,
         loss_scaling=_DYNAMIC,
-        policy=Policy.AMP,
+        policy=AMP,
     ),
 )
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from halfstep.errors import RecipeError
 from halfstep.format import Format
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
+from halfstep.recipe.op_policy import OpPolicy
 
-__all__ = ["Policy", "Recipe"]
+__all__ = ["Recipe"]
 
 FORMAT_FIELDS = (
     "weight",
@@ -22,15 +22,6 @@ FORMAT_FIELDS = (
     "optimizer",
 )
 DESCRIPTION_FIELDS = ("name", "summary", "source")
-
-
-class Policy(Enum):
-    """Which operations round where: the two built-in op policies."""
-
-    AMP = "amp"
-    """The rounding points of torch's CUDA autocast lists: FP32 operations leave FP32 results."""
-    PAPER = "paper"
-    """Every tensor of the region is stored in the store format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +53,13 @@ class Recipe:
     master: Format
     optimizer: Format
     loss_scaling: LossScaling
-    policy: Policy
+    policy: OpPolicy
 
     def __post_init__(self) -> None:
         for key in FORMAT_FIELDS:
             _check_type(self, key, Format, "Format.parse(text)")
         _check_type(self, "loss_scaling", LossScaling, "LossScaling(kind=...)")
-        _check_type(self, "policy", Policy, "Policy.AMP or Policy.PAPER")
+        _check_type(self, "policy", OpPolicy, "OpPolicy.parse(text)")
 
     @property
     def is_identity(self) -> bool:

@@ -11,7 +11,8 @@ from halfstep.errors import FormatError, RecipeError, UnknownNameError
 from halfstep.format import Format
 from halfstep.recipe.catalogue import CATALOGUE, SYNONYMS
 from halfstep.recipe.loss_scaling import ScalingKind
-from halfstep.recipe.recipe import DESCRIPTION_FIELDS, FORMAT_FIELDS, Policy, Recipe
+from halfstep.recipe.op_policy import OpPolicy
+from halfstep.recipe.recipe import DESCRIPTION_FIELDS, FORMAT_FIELDS, Recipe
 
 __all__ = ["changed_recipe", "parse_recipe", "recipe_text"]
 
@@ -54,7 +55,7 @@ def changed_recipe(recipe: Recipe, changes: Mapping[str, Any], *, where: str = "
         elif key in FORMAT_FIELDS:
             values[key] = _format(key, value, where)
         elif key == "policy":
-            values[key] = _member(key, value, Policy, where)
+            values[key] = _policy(key, value, where)
         elif key == "scaling":
             scaling["kind"] = _member(key, value, ScalingKind, where)
         elif key in _SCALING_NUMBERS:
@@ -91,8 +92,8 @@ def _differences(base: Recipe, recipe: Recipe) -> list[tuple[str, str]]:
     for key in FORMAT_FIELDS:
         if getattr(base, key) != getattr(recipe, key):
             pairs.append((key, getattr(recipe, key).name))
-    if base.policy is not recipe.policy:
-        pairs.append(("policy", recipe.policy.value))
+    if base.policy != recipe.policy:
+        pairs.append(("policy", str(recipe.policy)))
     old, new = base.loss_scaling, recipe.loss_scaling
     if old.kind is not new.kind:
         pairs.append(("scaling", new.kind.value))
@@ -148,6 +149,13 @@ def _format(key: str, value: object, where: str) -> Format:
         raise RecipeError(
             f"{key}={value}{where}: {error}; allowed: the names that `halfstep formats` lists"
         ) from None
+
+
+def _policy(key: str, value: object, where: str) -> OpPolicy:
+    try:
+        return OpPolicy.parse(value)
+    except (UnknownNameError, RecipeError) as error:
+        raise RecipeError(f"{key}={value}{where}: {error}") from None
 
 
 def _member(key: str, value: object, kind: type[E_], where: str) -> E_:

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
-from halfstep.switching import policy
+from halfstep.recipe import OpClass, OpPolicy, policies
+from halfstep.recipe.policies import LOSSES
 from halfstep.switching.emulated import Carriers, attention, dot
 from halfstep.switching.plan import Plan
 from halfstep.switching.recurrent import recurrent_layers
-from halfstep.switching.region import current
+from halfstep.switching.region import Region, current
 
 __all__ = ["install"]
 
@@ -30,8 +31,12 @@ _NARROW = (torch.float16, torch.bfloat16)
 # Numbers that go their own way, as in torch.autocast.
 _BEYOND = (torch.float64, torch.complex64, torch.complex128)
 
+# Those of the FP32 class whose own 16-bit kernels compute in FP32: nothing to cast where 16 bits are written.
+_WIDE_INSIDE = frozenset(("layer_norm", "group_norm", "softmax", "log_softmax"))
+_ATTENTION = "scaled_dot_product_attention"
+
 _lock = threading.Lock()
-# (device, layer of overrides) -> how many switches need it, and the library that holds its kernels
+# (device, layer of overrides, or one operation) -> how many switches need it, and the library of its kernels
 _installed: dict[tuple[str, str], tuple[int, Library]] = {}
 
 
@@ -40,6 +45,7 @@ def install(plan: Plan) -> Callable[[], None]:
     layers = []
     if plan.active:
         layers.append("base")
+        layers += policies()["amp"].differences(plan.recipe.policy)
     if plan.emulate_dots:
         layers.append("emulated")
     keys = [(plan.device, layer) for layer in layers]
@@ -66,8 +72,8 @@ def _register(device: str, layer: str) -> Library:
     library = Library("aten", "IMPL")
     key = _KEYS[device]
     theirs = frozenset(torch._C._dispatch_get_registrations_for_dispatch_key(key))
-    for name, make in _kernels(layer, theirs):
-        op = policy.overload(name)
+    for name in _names_of(layer, theirs):
+        op = overload(name)
         if op is None:
             continue
         below = _Below(op, key, theirs)
@@ -75,8 +81,16 @@ def _register(device: str, layer: str) -> Library:
             warnings.simplefilter(
                 "ignore"
             )  # torch says once that a kernel is replaced: it is meant
-            library.impl(_schema_name(op), make(below), key, with_keyset=True, allow_override=True)
+            kernel = _by_class(name, below)
+            library.impl(_schema_name(op), kernel, key, with_keyset=True, allow_override=True)
     return library
+
+
+def overload(name: str) -> torch._ops.OpOverload | None:
+    """The aten overload called ``name`` (``"softmax.int"``), or None where this torch has not got it."""
+    packet, _, over = name.partition(".")
+    found = getattr(torch.ops.aten, packet, None)
+    return None if found is None else getattr(found, over or "default", None)
 
 
 def _schema_name(op: torch._ops.OpOverload) -> str:
@@ -84,26 +98,49 @@ def _schema_name(op: torch._ops.OpOverload) -> str:
     return f"{name}.{op._overloadname}" if op._overloadname != "default" else name
 
 
-def _kernels(
-    layer: str, theirs: frozenset[str]
-) -> list[tuple[str, Callable[[_Below], Callable[..., Any]]]]:
-    def missing(names: tuple[str, ...]) -> list[str]:
+def _names_of(layer: str, theirs: frozenset[str]) -> list[str]:
+    amp = policies()["amp"]
+    dots = [name for name in amp.names(OpClass.DOT) if name != _ATTENTION]
+    if layer == "emulated":  # torch lowers these itself; only an emulating plan needs them back
+        return [*[name for name in dots if f"aten::{name}" in theirs], _ATTENTION]
+    if layer != "base":
+        return [layer]
+
+    def missing(names: Iterable[str]) -> list[str]:
         return [name for name in names if f"aten::{name}" not in theirs]
 
-    if layer == "emulated":  # torch lowers these itself; only an emulating plan needs them back
-        return [
-            *[(name, _dot) for name in policy.DOTS if f"aten::{name}" in theirs],
-            ("scaled_dot_product_attention", _attention),
-        ]
     return [
-        *[(name, _wide) for name in policy.WIDE],
-        *[(name, _dot) for name in missing(policy.DOTS)],
-        *[(name, _parts) for name in policy.COMPOSITE_DOTS],
-        *[(name, _mixed) for name in policy.MIXED],
-        *[(name, _into) for name in policy.INTO],
-        *[(name, _promoted) for name in missing(policy.PROMOTE)],
-        *[(name, _recurrent) for name in policy.RECURRENT],
+        *[name for name in amp.names(OpClass.WIDE) if name not in LOSSES],
+        *missing(dots),
+        *amp.names(OpClass.DOTS),
+        *amp.names(OpClass.MIXED),
+        *amp.names(OpClass.INTO),
+        *missing(amp.names(OpClass.WIDEST)),
+        *amp.names(OpClass.RECURRENT),
     ]
+
+
+_Kernel = Callable[..., Any]
+
+
+def _by_class(name: str, below: _Below) -> _Kernel:
+    """A kernel that does what the open region's policy says of the operation; torch's own outside."""
+    makers = _MAKERS | {OpClass.DOT: _attention} if name == _ATTENTION else _MAKERS
+    latest: tuple[OpPolicy | None, _Kernel] = (None, _own(below))
+
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal latest
+        region = current()
+        if region is None:
+            return below.as_torch(keys, args, kwargs)
+        policy, does = latest
+        if policy is not region.plan.recipe.policy:
+            policy = region.plan.recipe.policy
+            does = makers[policy.class_of(name)](below)
+            latest = (policy, does)  # one object: another thread sees the old pair or the new one
+        return does(region, keys, args, kwargs)
+
+    return kernel
 
 
 class _Below:
@@ -159,12 +196,11 @@ def _widen(t: Tensor) -> Tensor:
     return t.float() if t.dtype in _NARROW else t
 
 
-def _wide(below: _Below) -> Callable[..., Any]:
-    computes_wide = below.op._schema.name.removeprefix("aten::") in policy.WIDE_INSIDE
+def _wide(below: _Below) -> _Kernel:
+    computes_wide = below.op._schema.name.removeprefix("aten::") in _WIDE_INSIDE
 
-    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        region = current()
-        if region is None or not region.plan.wide_operations:
+    def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not region.plan.wide_operations:
             return below.as_torch(keys, args, kwargs)
         low = region.plan.low
         narrow = region.plan.narrow_writes and isinstance(args[0], Tensor) and args[0].dtype == low
@@ -179,11 +215,8 @@ def _wide(below: _Below) -> Callable[..., Any]:
     return kernel
 
 
-def _dot(below: _Below) -> Callable[..., Any]:
-    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        region = current()
-        if region is None:
-            return below.as_torch(keys, args, kwargs)
+def _dot(below: _Below) -> _Kernel:
+    def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         emulator = region.emulator
         if not region.plan.emulate_dots:
             args, kwargs = _cast_all(args, kwargs, emulator.lowered)
@@ -203,10 +236,9 @@ def _dot(below: _Below) -> Callable[..., Any]:
     return kernel
 
 
-def _mixed(below: _Below) -> Callable[..., Any]:
-    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        region = current()
-        if region is None or not region.plan.wide_operations:
+def _mixed(below: _Below) -> _Kernel:
+    def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not region.plan.wide_operations:
             return below.as_torch(keys, args, kwargs)
         rest, kwargs = _cast_all(args[1:], kwargs, _widen)
         return below.parts(keys, (args[0], *rest), kwargs)
@@ -214,10 +246,10 @@ def _mixed(below: _Below) -> Callable[..., Any]:
     return kernel
 
 
-def _into(below: _Below) -> Callable[..., Any]:
-    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+def _into(below: _Below) -> _Kernel:
+    def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         dtype = args[0].dtype
-        if current() is None or not (dtype in _NARROW or dtype == torch.float32):
+        if not (dtype in _NARROW or dtype == torch.float32):
             return below.as_torch(keys, args, kwargs)
 
         def fitting(t: Tensor) -> Tensor:
@@ -229,22 +261,16 @@ def _into(below: _Below) -> Callable[..., Any]:
     return kernel
 
 
-def _parts(below: _Below) -> Callable[..., Any]:
-    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        region = current()
-        if region is None:
-            return below.as_torch(keys, args, kwargs)
+def _parts(below: _Below) -> _Kernel:
+    def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = _cast_all(args, kwargs, region.emulator.lowered)
         return below.parts(keys, args, kwargs)
 
     return kernel
 
 
-def _promoted(below: _Below) -> Callable[..., Any]:
-    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        region = current()
-        if region is None:
-            return below.as_torch(keys, args, kwargs)
+def _promoted(below: _Below) -> _Kernel:
+    def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         seen: list[Tensor] = []
         _cast_all(args, kwargs, lambda t: seen.append(t) or t)
         if any(t.dtype == torch.float32 for t in seen):
@@ -255,10 +281,9 @@ def _promoted(below: _Below) -> Callable[..., Any]:
     return kernel
 
 
-def _attention(below: _Below) -> Callable[..., Any]:
-    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        region = current()
-        if region is None or not region.plan.emulate_dots:
+def _attention(below: _Below) -> _Kernel:
+    def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not region.plan.emulate_dots:
             return below.as_torch(keys, args, kwargs)
         with below.shut():
             return attention(region.emulator, *args, **kwargs)
@@ -266,11 +291,8 @@ def _attention(below: _Below) -> Callable[..., Any]:
     return kernel
 
 
-def _recurrent(below: _Below) -> Callable[..., Any]:
-    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        region = current()
-        if region is None:
-            return below.as_torch(keys, args, kwargs)
+def _recurrent(below: _Below) -> _Kernel:
+    def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not region.plan.emulate_dots:
             args, kwargs = _cast_all(args, kwargs, region.emulator.lowered)
             return below.parts(keys, args, kwargs)
@@ -278,3 +300,22 @@ def _recurrent(below: _Below) -> Callable[..., Any]:
             return recurrent_layers(region.emulator, below.op, *args, **kwargs)
 
     return kernel
+
+
+def _own(below: _Below) -> _Kernel:
+    def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return below.whole(args, kwargs)
+
+    return kernel
+
+
+_MAKERS: dict[OpClass, Callable[[_Below], _Kernel]] = {
+    OpClass.DOT: _dot,
+    OpClass.DOTS: _parts,
+    OpClass.RECURRENT: _recurrent,
+    OpClass.WIDE: _wide,
+    OpClass.MIXED: _mixed,
+    OpClass.INTO: _into,
+    OpClass.WIDEST: _promoted,
+    OpClass.OWN: _own,
+}

@@ -8,7 +8,7 @@ from enum import Enum
 import torch
 
 from halfstep.errors import SwitchError
-from halfstep.recipe import Policy, Recipe
+from halfstep.recipe import Recipe
 
 __all__ = ["Executor", "Plan", "PlanRow", "make_plan"]
 
@@ -100,7 +100,7 @@ def make_plan(recipe: Recipe, device: str) -> Plan:
         low=low,
         emulate_dots=emulate,
         wide_operations=not plain and low != torch.float32,
-        narrow_writes=recipe.policy is Policy.PAPER,
+        narrow_writes=recipe.policy.store_all,
         rows=_rows(recipe, device, emulate, plain),
     )
 
@@ -158,7 +158,7 @@ def _rows(recipe: Recipe, device: str, emulate: bool, plain: bool) -> tuple[Plan
         executor=Executor.OFF if plain else Executor.NATIVE,
         reads=store,
         accumulates=wide,
-        writes=store if plain or recipe.policy is Policy.PAPER else wide,
+        writes=store if plain or recipe.policy.store_all else wide,
         why="a plain 16-bit program has no FP32 islands"
         if plain
         else "computed in FP32, as in torch's CUDA autocast lists, on every device",

@@ -1,34 +1,22 @@
-"""Which operation belongs to which class of the rule: torch's CUDA autocast lists, for every device.
+"""The two op policies: which class each operation is of. torch's CUDA autocast lists, for every device.
 
-torch's CPU autocast leaves 34 of these operations in 16 bits. The tables below say what is added to it so
-that one policy holds on every device; ``tests/switching/test_policy.py`` holds them against the lists that
-ship with torch. Names are aten overloads; a name that the installed torch has not is left out.
+torch's CPU autocast leaves 34 of these operations in 16 bits; here one table holds on every device, and
+``tests/switching/test_policy.py`` holds it against the lists that ship with torch. Names are aten overloads
+(``softmax.int``); what is in no class keeps the dtype that it is given.
 
 Source: https://docs.pytorch.org/docs/stable/amp.html (operation-specific behaviour), ATen/autocast_mode.h.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from types import MappingProxyType
 
-__all__ = [
-    "COMPOSITE_DOTS",
-    "DOTS",
-    "MIXED",
-    "PROMOTE",
-    "RECURRENT",
-    "WIDE",
-    "WIDE_INSIDE",
-    "overload",
-]
+from halfstep.recipe.op_policy import OpClass, OpPolicy
 
+__all__ = ["AMP", "LOSSES", "PAPER", "policies"]
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-# Computed in FP32, written in FP32 (rule 2).
-WIDE = _names("""
+_WIDE = """
     acos asin cosh erfinv exp expm1 log log10 log1p log2 reciprocal rsqrt sinh tan
     pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor softplus
     layer_norm native_layer_norm group_norm rms_norm cosine_similarity
@@ -40,7 +28,10 @@ WIDE = _names("""
     upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
     _upsample_bilinear2d_aa _upsample_bicubic2d_aa
-""") + _names("""
+"""
+
+# Few devices have 16-bit kernels for these, and torch's CPU lists have them.
+_WIDE_ALGEBRA = """
     cholesky cholesky_inverse cholesky_solve det inverse logdet lu_solve matrix_exp orgqr ormqr pinverse
     polar qr slogdet stft stft.center svd trace triangular_solve view_as_complex
     linalg_cholesky linalg_cholesky_ex linalg_cond linalg_det linalg_eig linalg_eigh linalg_eigvals
@@ -50,47 +41,74 @@ WIDE = _names("""
     linalg_tensorsolve
     fft_fft fft_fft2 fft_fftn fft_hfft fft_ifft fft_ifft2 fft_ifftn fft_ihfft fft_irfft fft_irfft2
     fft_irfftn fft_rfft fft_rfft2 fft_rfftn
-""")  # the second group: few devices have 16-bit kernels for these, and torch's CPU lists have them
+"""
 
-# Those of them whose own 16-bit kernels compute in FP32 inside: nothing to cast where 16 bits are written.
-WIDE_INSIDE = frozenset(_names("layer_norm group_norm softmax log_softmax"))
+# As above, where torch does it itself on every device.
+_LOSSES = """
+    binary_cross_entropy_with_logits cosine_embedding_loss hinge_embedding_loss huber_loss kl_div l1_loss
+    margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss nll_loss nll_loss2d
+    poisson_nll_loss smooth_l1_loss soft_margin_loss triplet_margin_loss
+"""
+LOSSES = tuple(_LOSSES.split())
 
-# Normalisations that read the activation in its own dtype and all else (affine pair, statistics) in FP32.
-MIXED = _names("batch_norm instance_norm")
-
-# Writes into a tensor that is there already, a buffer mostly: what is written takes its dtype.
-INTO = _names("""
+_INTO = """
     index_copy_ index_add_ index_put_ scatter_.src scatter_add_ masked_scatter_ lerp_.Scalar lerp_.Tensor
-""")
+"""
 
-# Dot products (rule 1): operands read in the low format, FP32 accumulator, one rounding at the end.
-DOTS = _names("""
+_DOTS = """
     linear matmul mm bmm addmm addbmm baddbmm mv addmv addr linalg_vecdot
     conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding conv_tbc
     conv_transpose1d conv_transpose2d.input conv_transpose3d.input
     convolution _convolution _convolution.deprecated
-""")
+    scaled_dot_product_attention
+"""
 
-# Made of dot products: operands are lowered here, the parts follow the policy one by one.
-COMPOSITE_DOTS = _names("""
+_COMPOSITE_DOTS = """
     einsum chain_matmul linalg_multi_dot lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
-""")
+"""
 
-# Recurrent layers: one fused operation to the dispatcher, a chain of dot products over time to us.
-RECURRENT = _names("""
+_RECURRENT = """
     lstm.input lstm.data gru.input gru.data
     rnn_tanh.input rnn_tanh.data rnn_relu.input rnn_relu.data
-""")
+"""
 
-# Operands of several dtypes: the widest wins.
-PROMOTE = _names("""
+_PROMOTED = """
     addcdiv addcmul atan2 bilinear cross dot vdot index_put scatter_add tensordot
     embedding_bag embedding_bag.padding_idx
-""")
+"""
+
+_TABLE = {
+    OpClass.DOT: _DOTS,
+    OpClass.DOTS: _COMPOSITE_DOTS,
+    OpClass.RECURRENT: _RECURRENT,
+    OpClass.WIDE: _WIDE + _WIDE_ALGEBRA + _LOSSES,
+    OpClass.MIXED: "batch_norm instance_norm",
+    OpClass.INTO: _INTO,
+    OpClass.WIDEST: _PROMOTED,
+}
+
+AMP = OpPolicy(
+    base="amp",
+    classes=tuple(sorted((op, kind) for kind, text in _TABLE.items() for op in text.split())),
+    store_all=False,
+    summary="FP32 operations write FP32, as torch's CUDA autocast does",
+    source="torch.amp, CUDA op-specific behaviour; the default: docs/decisions/0031",
+)
+
+PAPER = AMP.replace(
+    base="paper",
+    store_all=True,
+    summary="every tensor of the region is written in the store format",
+    source="Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3",
+)
+
+_POLICIES: Mapping[str, OpPolicy] = MappingProxyType({"amp": AMP, "paper": PAPER})
 
 
-def overload(name: str) -> torch._ops.OpOverload | None:
-    """The aten overload called ``name`` (``"softmax.int"``), or None where this torch has not got it."""
-    packet, _, over = name.partition(".")
-    found = getattr(torch.ops.aten, packet, None)
-    return None if found is None else getattr(found, over or "default", None)
+def policies() -> Mapping[str, OpPolicy]:
+    """The built-in op policies by name.
+
+    >>> [str(policy) for policy in policies().values()]
+    ['amp', 'paper']
+    """
+    return _POLICIES
