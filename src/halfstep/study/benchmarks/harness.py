@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import halfstep
+from halfstep.study.provenance import processor
 
 __all__ = [
     "Clock",
@@ -179,7 +180,7 @@ def this_machine(device: str, clock: Clock = Clock.WALL) -> Machine:
     """The machine this process runs on, and how time was taken."""
     cuda = torch.device(device).type == "cuda"
     return Machine(
-        processor=_processor(),
+        processor=processor(),
         cores=len(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
         clock=clock.value,
@@ -234,15 +235,6 @@ def _page(
             f"| {row['target']} | {met} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _processor() -> str:
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    return found.group(1).strip() if found else platform.machine()
 
 
 def _slug(text: str) -> str:
