@@ -5,17 +5,26 @@ Finite numbers and nearest or directed roundings; the sign of a zero is not foll
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from halfstep.format import Accumulator, Format, Order, Products, Rounding, round_number
+from halfstep.format import (
+    Accumulator,
+    Format,
+    Order,
+    Products,
+    Rounding,
+    Unit,
+    round_number,
+)
 
 
 def dot(a: Sequence[float], b: Sequence[float], accumulator: Accumulator, initial: float = 0.0):
     """The sum of a[k] * b[k] as the accumulator makes it; a float where it overflowed."""
     exact = [Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True)]
     between = accumulator.chunk or accumulator.split > 1
-    format = accumulator.between if between else accumulator.adder
+    format = accumulator.between if between else accumulator.format
     start = _number(round_number(Fraction(initial), format, Rounding.NEAREST))
     if accumulator.split == 1:
         return float(_chunks(exact, accumulator, start))
@@ -38,7 +47,7 @@ def _chunks(exact: list[Fraction], accumulator: Accumulator, start: Fraction) ->
 
 def _products(exact: list[Fraction], accumulator: Accumulator, start: Fraction) -> Fraction:
     def r(x: Fraction) -> Fraction:
-        return _number(round_number(x, accumulator.adder, accumulator.rounding))
+        return _number(round_number(x, accumulator.format, accumulator.rounding))
 
     terms = [r(x) for x in exact] if accumulator.products is Products.ROUNDED else exact
     if accumulator.order is Order.PAIRWISE:
@@ -68,3 +77,36 @@ def _between(x: Fraction, accumulator: Accumulator) -> Fraction:
 
 def _number(x: Fraction | float) -> Fraction:
     return Fraction(x)  # an infinity or NaN raises: choose operands that stay finite
+
+
+def unit_dot(a: Sequence[float], b: Sequence[float], unit: Unit, initial: float = 0.0) -> float:
+    """The sum as the unit makes it, by the rule in `Unit`; finite operands and initial value."""
+    path, (left, right) = unit.datapath, unit.operands
+    c = Fraction(initial)
+    result = float(initial)
+    for first in range(0, len(a), path.block):
+        terms, exponents = [c], [path.lowest_exponent]
+        if c:
+            exponents.append(_exponent(c, -126))
+        for x, y in zip(a[first : first + path.block], b[first : first + path.block], strict=True):
+            x, y = Fraction(x), Fraction(y)
+            terms.append(x * y)
+            if x * y:
+                exponents.append(_exponent(x, left.min_exponent) + _exponent(y, right.min_exponent))
+        last = Fraction(2) ** (max(exponents) - path.fraction_bits)
+        total = sum(int(term / last) for term in terms) * last  # int() truncates toward zero
+        size = _exponent(total, -126) if total else -126
+        digit = Fraction(2) ** (size - path.result_bits)
+        c = int(total / digit) * digit
+        if abs(c) >= 2**128:
+            return math.copysign(math.inf, c)
+        result = math.copysign(float(c), total) if total else 0.0
+    return result
+
+
+def _exponent(x: Fraction, least: int) -> int:
+    """floor(log2(|x|)), or the least there is."""
+    x = abs(x)
+    guess = x.numerator.bit_length() - x.denominator.bit_length()
+    guess -= x < Fraction(2) ** guess
+    return max(guess, least)

@@ -5,9 +5,11 @@ from halfstep.format.catalogue import formats
 from halfstep.format.choices import Kind, Overflow, Rounding, Specials
 from halfstep.format.codec import Value, decode, encode, overflow, round_number
 from halfstep.format.number import Format
+from halfstep.format.units import Datapath, Unit, units
 
 __all__ = [
     "Accumulator",
+    "Datapath",
     "Format",
     "Kind",
     "Order",
@@ -15,10 +17,12 @@ __all__ = [
     "Products",
     "Rounding",
     "Specials",
+    "Unit",
     "Value",
     "decode",
     "encode",
     "formats",
     "overflow",
     "round_number",
+    "units",
 ]

@@ -8,8 +8,10 @@ from enum import Enum
 from typing import Any
 
 from halfstep.errors import FormatError, UnknownNameError
+from halfstep.format.catalogue import CATALOGUE, SYNONYMS
 from halfstep.format.choices import Kind, Rounding
 from halfstep.format.number import Format
+from halfstep.format.units import UNIT_SYNONYMS, UNITS, Unit
 
 __all__ = ["Accumulator", "Order", "Products"]
 
@@ -56,10 +58,13 @@ _MOST_CHUNK = 2**31 - 1
 class Accumulator:
     """How products are added: the adder, its rounding, and the order of the additions.
 
+    The adder is a number format, or the matrix `Unit` of a chip, which has an order and a rounding
+    of its own: it goes with chunks, parts and `between` only, which is fp32 if not given.
+
     The text form names what differs from plain sequential addition, in words joined by ``/``:
     ``fp16``, ``fp16/chunk64/between-fp32``, ``e6m9/stochastic``, ``bf16/products-rounded/pairwise``,
-    ``fp16/kahan``, ``bf16/split4``; ``Accumulator.parse(str(a)) == a``. What each does is defined by
-    `halfstep.matmul`.
+    ``fp16/kahan``, ``bf16/split4``, ``v100``, ``h100/chunk128``;
+    ``Accumulator.parse(str(a)) == a``. What each does is defined by `halfstep.matmul`.
 
     Raises `FormatError` for fields that contradict each other.
 
@@ -68,8 +73,8 @@ class Accumulator:
     ('fp16', 64, 'fp32', 'fp16/chunk64/between-fp32')
     """
 
-    adder: Format
-    """The numbers that sums are kept in."""
+    adder: Format | Unit
+    """The numbers that sums are kept in, or the unit that adds."""
     between: Format
     """The numbers that the sums of chunks, and of parts, are added in."""
     rounding: Rounding = Rounding.NEAREST
@@ -89,7 +94,11 @@ class Accumulator:
                 raise FormatError(
                     f"accumulator: {name}={number!r}; allowed: a whole number from {least}"
                 )
+        if isinstance(self.adder, Unit):
+            self._check_unit(self.adder)
         for name, format in (("adder", self.adder), ("between", self.between)):
+            if isinstance(format, Unit):
+                continue
             if format.kind is Kind.BINARY or not (format.signed and format.has_zero):
                 raise FormatError(
                     f"accumulator: {name}={format}, in which nothing can be added up; "
@@ -100,21 +109,57 @@ class Accumulator:
                 "accumulator: Kahan's summation is sequential; leave one of them away"
             )
 
+    def _check_unit(self, unit: Unit) -> None:
+        own = {
+            "rounding": self.rounding is Rounding.NEAREST,
+            "products": self.products is Products.EXACT,
+            "order": self.order is Order.SEQUENTIAL,
+            "compensated": not self.compensated,
+        }
+        for name, plain in own.items():
+            if not plain:
+                raise FormatError(
+                    f"accumulator: {name} with the unit {unit}, which has its own; "
+                    "allowed: chunk, between, split"
+                )
+
+    @property
+    def format(self) -> Format:
+        """The adder of an accumulator that is no unit. Raises `FormatError` for a unit."""
+        if isinstance(self.adder, Unit):
+            raise FormatError(f"accumulator: {self.adder} is a unit; wanted: a number format")
+        return self.adder
+
+    @property
+    def start(self) -> Format:
+        """What ``initial`` is rounded to where there are no chunks and parts: fp32 for a unit."""
+        return CATALOGUE["fp32"] if isinstance(self.adder, Unit) else self.adder
+
+    def of(self, left: Format, right: Format) -> Accumulator:
+        """This accumulator for products of these two formats: a unit looks its ways up.
+
+        Raises `FormatError` where the unit does not multiply them.
+        """
+        if isinstance(self.adder, Unit):
+            return replace(self, adder=self.adder.of(left, right))
+        return self
+
     @classmethod
     def parse(cls, given: object) -> Accumulator:
         """The accumulator that a text means; an `Accumulator` is returned as it is.
 
-        A format (text, torch dtype, or `Format`) means plain sequential addition in it.
+        A format (text, torch dtype, or `Format`) means plain sequential addition in it; a `Unit` or
+        its name what it does.
 
         Raises `UnknownNameError` or `FormatError` for a word that is not known.
         """
         if isinstance(given, cls):
             return given
-        if isinstance(given, Format):
-            return cls(adder=given, between=given)
+        if isinstance(given, Format | Unit):
+            return cls(adder=given, between=_between(given))
         name, *words = str(given).strip().lower().split("/")
-        adder = Format.parse(name)
-        fields: dict[str, Any] = {"adder": adder, "between": adder}
+        adder = _adder(name)
+        fields: dict[str, Any] = {"adder": adder, "between": _between(adder)}
         for word in words:
             fields |= _meaning(word)
         return cls(**fields)
@@ -131,8 +176,23 @@ class Accumulator:
         words += ["kahan"] if self.compensated else []
         words += [f"chunk{self.chunk}"] if self.chunk else []
         words += [f"split{self.split}"] if self.split > 1 else []
-        words += [f"between-{self.between}"] if self.between != self.adder else []
+        words += [f"between-{self.between}"] if self.between != _between(self.adder) else []
         return "/".join(words)
+
+
+def _adder(name: str) -> Format | Unit:
+    if name in UNITS or name in UNIT_SYNONYMS:
+        return Unit.parse(name)
+    try:
+        return Format.parse(name)
+    except UnknownNameError:
+        known = [*CATALOGUE, *SYNONYMS, "eXmY", "intN", "qI.F", *UNITS, *UNIT_SYNONYMS]
+        raise UnknownNameError("format or unit", name, known) from None
+
+
+def _between(adder: Format | Unit) -> Format:
+    """What sums of chunks and parts are added in where nothing is said."""
+    return CATALOGUE["fp32"] if isinstance(adder, Unit) else adder
 
 
 def _meaning(word: str) -> dict[str, Any]:

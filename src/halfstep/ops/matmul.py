@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from halfstep.errors import OperandError
-from halfstep.format import Accumulator, Format, Order, Products, Rounding
+from halfstep.format import Accumulator, Format, Order, Products, Rounding, Unit
 from halfstep.ops.backends import Backend, choose
 from halfstep.ops.random_bits import Key, draw_key
 from halfstep.ops.rounding import CARRIERS, round_to
@@ -27,21 +27,33 @@ class Arithmetic:
 
     forward: Accumulator
     backward: Accumulator
+    operands: tuple[Format, Format]
+    """What they were rounded to; a unit must know."""
     gradient: Format
     """What the gradient that arrives is rounded to."""
     backend: Backend = Backend.AUTO
 
     @property
-    def of_gradients(self) -> Arithmetic:
-        """That of the products in the backward."""
-        return replace(self, forward=self.backward)
+    def of_a(self) -> Arithmetic:
+        """That of the product which makes the gradient of a: the one that arrives, times b."""
+        return replace(self, forward=self.backward, operands=(self.gradient, self.operands[1]))
+
+    @property
+    def of_b(self) -> Arithmetic:
+        """That of the product which makes the gradient of b: a, times the one that arrives."""
+        return replace(self, forward=self.backward, operands=(self.operands[0], self.gradient))
+
+    @property
+    def accumulator(self) -> Accumulator:
+        """The forward one, for these operands. Raises `FormatError` if it cannot multiply them."""
+        return self.forward.of(*self.operands)
 
 
 def matmul(
     a: Tensor,
     b: Tensor,
     operands: Format | str | tuple[Format | str, Format | str] = "fp16",
-    accumulate: Accumulator | Format | str = "fp16",
+    accumulate: Accumulator | Format | Unit | str = "fp16",
     order: Order | str | None = None,
     chunk: int | None = None,
     initial: Tensor | None = None,
@@ -52,7 +64,7 @@ def matmul(
     products: Products | str | None = None,
     compensated: bool | None = None,
     gradient: Format | str | None = None,
-    grad_accumulate: Accumulator | Format | str | None = None,
+    grad_accumulate: Accumulator | Format | Unit | str | None = None,
     generator: torch.Generator | None = None,
     backend: Backend | str = Backend.AUTO,
 ) -> Tensor:
@@ -64,8 +76,8 @@ def matmul(
 
     Both operands are rounded to ``operands`` (nearest; a pair gives each its own; "fp32" leaves
     float32 and 16-bit tensors as they are) and multiplied exactly. ``accumulate`` says in which
-    numbers they are added: a format, or the text form of an `Accumulator`, of which the keywords
-    ``order`` to ``compensated`` change single fields. For each element of the result, R being the
+    numbers they are added: a format, a matrix unit, or the text form of an `Accumulator`, of which the
+    keywords ``order`` to ``compensated`` change single fields. For each element of the result, R being the
     rounding to the accumulator's format, once, and RB that to ``between`` (nearest; R where it is
     the same format, as it is unless given)::
 
@@ -87,6 +99,10 @@ def matmul(
         for n products: sum = RB(sum + sum_of_these(n))
         # split=n: each of n parts of ceil(K / n) products is added as above from +0, with its chunks
         for part of n: sum = RB(sum + sum_of_part)
+
+    ``accumulate`` may be a matrix unit (`halfstep.format.units`): ``v100``, ``a100``, ``h100`` ...; what
+    is between chunks is done by it, as `halfstep.format.Unit` defines, and ``between`` is fp32 if
+    not given: ``h100/chunk128`` promotes every 128 products to fp32.
 
     Rounding ``stochastic`` rounds the exact sum to float32 (nearest) and that to the format
     stochastically: unbiased to 2^(p - 25) of a unit in a format of p digits. Its random bits depend
@@ -131,9 +147,12 @@ def matmul(
     arithmetic = Arithmetic(
         forward=forward,
         backward=forward if grad_accumulate is None else Accumulator.parse(grad_accumulate),
+        operands=(left, right),
         gradient=left if gradient is None else Format.parse(gradient),
         backend=Backend.parse(backend),
     )
+    for each in (arithmetic, arithmetic.of_a, arithmetic.of_b):
+        each.accumulator  # noqa: B018 - raises
     for name, operand in (("a", a), ("b", b)):
         check_operand("matmul", name, operand, least=1)
     a_rounded, b_rounded = rounded(a, left), rounded(b, right)
@@ -187,7 +206,7 @@ class _Product(Function):
         out = multiply(
             a.to(torch.float32),
             b.to(torch.float32),
-            arithmetic.forward,
+            arithmetic.accumulator,
             initial=initial,
             key=key,
             backend=arithmetic.backend,
@@ -198,7 +217,7 @@ class _Product(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         a, b = ctx.saved_tensors
         (grad,) = grads
-        arithmetic = ctx.arithmetic.of_gradients
+        arithmetic = ctx.arithmetic
         low = rounded(grad, arithmetic.gradient)
         none = torch.zeros((), dtype=torch.float32, device=grad.device)
         need_a, need_b, need_initial, *_ = ctx.needs_input_grad
@@ -206,12 +225,12 @@ class _Product(Function):
         if need_a:
             left, right = _folded(a.shape[:-2], low, b.mT)
             key = _next_key(ctx.key, 1)
-            to_a = _Product.apply(left, right, none, arithmetic, key).view(a.shape).to(a.dtype)
+            to_a = _Product.apply(left, right, none, arithmetic.of_a, key).view(a.shape).to(a.dtype)
         if need_b:
             # transposed, so that it is the right operand's batch that folds into rows and columns
             left, right = _folded(b.shape[:-2], low.mT, a)
             key = _next_key(ctx.key, 2)
-            product = _Product.apply(right.mT, left.mT, none, arithmetic, key)
+            product = _Product.apply(right.mT, left.mT, none, arithmetic.of_b, key)
             to_b = product.view(b.shape).to(b.dtype)
         if need_initial:
             to_initial = grad.sum_to_size(ctx.initial_shape).to(ctx.initial_dtype)

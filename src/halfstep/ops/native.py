@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from halfstep.format import Accumulator, Format, Kind, Rounding, Specials, overflow
+from halfstep.format import Accumulator, Format, Kind, Rounding, Specials, Unit, overflow
 from halfstep.ops import reference
 from halfstep.ops.random_bits import Key
 
@@ -140,6 +140,8 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
 def refuses_matmul(accumulator: Accumulator, tensors: Sequence[Tensor]) -> str:
     """Why the kernels cannot add like that; empty if they can."""
     adder = accumulator.adder
+    if isinstance(adder, Unit):
+        return "units have kernels of their own"
     if adder.specials is not Specials.IEEE or adder.precision > _MOST_DIGITS:
         return f"no native kernel adds in {adder}"
     if accumulator != Accumulator.parse(adder):
@@ -156,7 +158,7 @@ def matmul_into(
     """
     if not out.numel():
         return
-    round_into(out, initial.to(torch.float32), accumulator.adder, Rounding.NEAREST, key)
+    round_into(out, initial.to(torch.float32), accumulator.format, Rounding.NEAREST, key)
     a_starts, b_starts = _starts(a), _starts(b)
     _core.dot_accumulate(
         a=a.data_ptr(),
@@ -172,7 +174,7 @@ def matmul_into(
         m=a.shape[-2],
         n=b.shape[-1],
         k=a.shape[-1],
-        grid=_grid(accumulator.adder, Rounding.NEAREST, torch.float32),
+        grid=_grid(accumulator.format, Rounding.NEAREST, torch.float32),
         threads=torch.get_num_threads(),
     )
     torch.autograd.graph.increment_version(out)

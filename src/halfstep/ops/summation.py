@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from halfstep.format import Accumulator, Format, Order, Products, Rounding
+from halfstep.format import Accumulator, Format, Order, Products, Rounding, Unit
 from halfstep.ops.random_bits import STRIDE, Key
 from halfstep.ops.reference import round_into
+from halfstep.ops.unit_sums import sum_of_blocks
 
 __all__ = ["matmul_into"]
 
@@ -33,7 +34,7 @@ def matmul_into(
     depth = a.shape[-1]
     starts_between = accumulator.chunk > 0 or accumulator.split > 1
     start = torch.empty_like(out, dtype=torch.float64)
-    to = accumulator.between if starts_between else accumulator.adder
+    to = accumulator.between if starts_between else accumulator.start
     round_into(start, initial, to, Rounding.NEAREST, Key())
     out.copy_(_sum_of_parts(adder, a.to(torch.float64), b.to(torch.float64), depth, start))
 
@@ -63,6 +64,8 @@ def _sum_of_chunks(adder: _Adder, a: Tensor, b: Tensor, steps: range, start: Ten
 
 
 def _sum_of_products(adder: _Adder, a: Tensor, b: Tensor, steps: range, start: Tensor) -> Tensor:
+    if isinstance(adder.accumulator.adder, Unit):
+        return sum_of_blocks(adder.accumulator.adder, a, b, steps, start)
     if adder.accumulator.order is Order.PAIRWISE:
         return _tree(adder, a, b, steps, start)
     if adder.accumulator.compensated:
@@ -109,13 +112,13 @@ class _Adder:
         exact = a[..., :, k, None] * b[..., k, None, :]
         if self.accumulator.products is Products.EXACT:
             return exact
-        return self._rounded(exact, self.accumulator.adder, self.accumulator.rounding, _PRODUCT, k)
+        return self._rounded(exact, self.accumulator.format, self.accumulator.rounding, _PRODUCT, k)
 
     def added(self, x: Tensor, y: Tensor, slot: int, k: int) -> Tensor:
         """x + y, rounded once to the adder's format."""
         rounding = self.accumulator.rounding
         exact = _add_to_odd(x, y, rounding)
-        return self._rounded(exact, self.accumulator.adder, rounding, slot, k)
+        return self._rounded(exact, self.accumulator.format, rounding, slot, k)
 
     def added_between(self, x: Tensor, y: Tensor, slot: int, k: int) -> Tensor:
         """x + y, rounded once to the format that sums of chunks and parts are added in."""
