@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
+TRITON := $(VENV)/.ready-triton
 SHELL  := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -23,14 +24,19 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
+# 285 MB that only tests need where there is no GPU: torch for CUDA brings its own.
+$(TRITON): $(STAMP)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt triton || echo "no Triton for this machine: its tests will be skipped"
+	@touch $@
+
 demo: $(STAMP) ## a real recogniser in FP32, mixed precision and naive 16-bit; ends in report.html
 	$(BIN)/halfstep demo --output report.html
 
-test: $(STAMP) browser ## lint, types and the quick tests: what CI runs
+test: $(STAMP) $(TRITON) browser ## lint, types and the quick tests: what CI runs
 	$(MAKE) --no-print-directory lint type
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
 
-test-all: $(STAMP) browser ## everything, the long tests too
+test-all: $(STAMP) $(TRITON) browser ## everything, the long tests too
 	$(MAKE) --no-print-directory lint type
 	$(BIN)/python -m pytest -m 'not gpu'
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
 from hypothesis import settings
+
+# Without a GPU Triton's kernels run in its interpreter; it is asked for when triton is imported,
+# which torch may do in any test.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The same examples in every run, so that a failure is the change's; no deadline, since the machine
 # may be busy. `pytest --hypothesis-profile=default` looks for new examples.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halfstep.errors import OperandError, UnknownNameError
 from halfstep.format import Accumulator, Format
-from halfstep.ops import native, reference, summation
+from halfstep.ops import native, reference, summation, triton_kernels
 
 __all__ = ["TABLE", "Backend", "Choice", "Row", "choose", "explain"]
 
@@ -26,6 +26,8 @@ class Backend(Enum):
     """The first row of the table that can."""
     REFERENCE = "reference"
     NATIVE = "native"
+    TRITON = "triton"
+    """On GPUs."""
 
     @classmethod
     def parse(cls, given: object) -> Backend:
@@ -65,6 +67,34 @@ def _refuses_nothing(asked: object, tensors: Sequence[Tensor]) -> str:
     return ""
 
 
+def _on_gpu(
+    op: str,
+    function: Callable[..., Any],
+    refuses: Callable[[Any, Sequence[Tensor]], str],
+    covers: str,
+) -> tuple[Row, Row]:
+    """Triton's rows: on a GPU, and in its interpreter, which is slow and is only had by name."""
+
+    def row(device: str, covers: str) -> Row:
+        return Row(
+            op=op,
+            device=device,
+            backend=Backend.TRITON,
+            function=function,
+            refuses=refuses,
+            covers=covers,
+        )
+
+    return row("cuda", covers), row("cpu", "the same, in Triton's interpreter, for tests")
+
+
+_ROUND_ON_GPU, _ROUND_INTERPRETED = _on_gpu(
+    "round_to",
+    triton_kernels.round_into,
+    triton_kernels.refuses_round,
+    "eXmY, e4m3fn, e3m2, e2m3, e2m1, intN, qI.F, ternary; every rounding; no float64",
+)
+
 # In order of preference.
 TABLE = (
     Row(
@@ -75,6 +105,7 @@ TABLE = (
         refuses=native.refuses_round,
         covers="eXmY, e4m3fn, e3m2, e2m3, e2m1, intN, qI.F, ternary; every rounding",
     ),
+    _ROUND_ON_GPU,
     Row(
         op="round_to",
         device="any",
@@ -83,6 +114,7 @@ TABLE = (
         refuses=_refuses_nothing,
         covers="every format and rounding",
     ),
+    _ROUND_INTERPRETED,
     Row(
         op="matmul",
         device="cpu",

@@ -117,7 +117,7 @@ def matmul(
     rounded to ``gradient`` (the format of ``a`` if not given) and multiplied with the rounded
     operands, added as ``grad_accumulate`` says (as the forward if not given); where an operand was
     broadcast, its gradient is one dot product over the batch, too.
-    ``backend`` is for tests: auto | reference | native; see `halfstep.ops.explain`.
+    ``backend`` is for tests: auto | reference | native | triton; see `halfstep.ops.explain`.
 
     Raises `UnknownNameError` for an unknown name, `FormatError` for an accumulator that cannot be,
     `OperandError` for tensors that cannot be multiplied.

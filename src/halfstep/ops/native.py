@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from halfstep.format import Accumulator, Format, Kind, Rounding, Specials, Unit, overflow
 from halfstep.ops import reference
+from halfstep.ops.layout import PLAIN, in_memory_order, is_dense, overlaps, refuses_memory, starts
 from halfstep.ops.random_bits import Key
 
 
@@ -43,9 +43,6 @@ __all__ = [
 ]
 
 _MOST_DIGITS = 22  # two less than float32's, which a rounding in two steps needs to be exact
-
-# Types whose elements lie in memory as their strides say.
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 # as in _core/types.hpp
 _CARRIERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -91,12 +88,7 @@ def refuses_round(format: Format | None, tensors: Sequence[Tensor]) -> str:
         or format.quantum_exponent > 0
     ):
         return f"{format} has no native kernel"
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            return f"a {type(tensor).__name__} may have no memory of its own"
-        if is_functorch_wrapped_tensor(tensor):
-            return "a tensor inside a torch.func transform has no memory of its own"
-    return ""
+    return refuses_memory(tensors)
 
 
 def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: Key) -> None:
@@ -108,14 +100,13 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
     target = out
     if rounding is not Rounding.STOCHASTIC and not source.is_contiguous():
         # element by element, whatever their order: walk a transposed tensor as it lies
-        order = sorted(range(x.dim()), key=source.stride, reverse=True)
-        source, target = source.permute(order), out.permute(order)
+        target, source = in_memory_order(out, source)
     source = source.contiguous()
     direct = (
         target.is_contiguous()
         and (source.dtype is torch.float64) is (target.dtype is torch.float64)
         and not target.is_neg()
-        and not _overlaps(target, source)
+        and not overlaps(target, source)
     )
     rounded = target if direct else torch.empty_like(source, dtype=_WIDE[source.dtype])
     if source.numel():
@@ -159,7 +150,7 @@ def matmul_into(
     if not out.numel():
         return
     round_into(out, initial.to(torch.float32), accumulator.format, Rounding.NEAREST, key)
-    a_starts, b_starts = _starts(a), _starts(b)
+    a_starts, b_starts = starts(a), starts(b)
     _core.dot_accumulate(
         a=a.data_ptr(),
         a_starts=a_starts.data_ptr(),
@@ -180,14 +171,6 @@ def matmul_into(
     torch.autograd.graph.increment_version(out)
 
 
-def _starts(x: Tensor) -> Tensor:
-    """Where each matrix of a batch begins, in elements."""
-    starts = torch.zeros((), dtype=torch.int64)
-    for size, stride in zip(x.shape[:-2], x.stride()[:-2], strict=True):
-        starts = starts[..., None] + torch.arange(size) * stride
-    return starts.flatten()
-
-
 def refuses_count(format: Format | None, tensors: Sequence[Tensor]) -> str:
     """Why the kernels cannot count; empty if they can."""
     return MISSING
@@ -200,7 +183,7 @@ def count_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
     others: list[int] = []
     for index, tensor in enumerate(tensors):
         takes = (
-            type(tensor) in _PLAIN
+            type(tensor) in PLAIN
             and tensor.device.type == "cpu"
             and tensor.dtype in _CARRIERS
             and tensor.is_contiguous()
@@ -227,7 +210,7 @@ def unscale(tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
     ours: list[int] = []
     for index, tensor in enumerate(tensors):
         takes = (
-            type(tensor) in _PLAIN
+            type(tensor) in PLAIN
             and tensor.dtype in (torch.float16, torch.bfloat16)
             and (tensor.is_contiguous() or is_dense(tensor))
         )
@@ -245,24 +228,6 @@ def unscale(tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
         torch.get_num_threads(),
     )
     return wide
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """True where the elements fill their memory without holes, in any order of the axes."""
-    expected = 1
-    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda a: a[1]):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _overlaps(out: Tensor, x: Tensor) -> bool:
-    """True if writing ``out`` could change an element of ``x`` other than the one just read."""
-    return out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() and (
-        out.data_ptr() != x.data_ptr() or out.dtype is not x.dtype
-    )
 
 
 @cache

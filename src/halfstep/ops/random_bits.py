@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["STRIDE", "Key", "bits_of", "draw_key", "random_bits"]
+__all__ = ["FIRST", "SECOND", "STRIDE", "Key", "bits_of", "draw_key", "random_bits"]
 
 _MASK = 0xFFFFFFFF
 # The multipliers and shifts are the best known for two rounds of xorshift-multiply (C. Wellons,
 # hash-prospector, issue 19); both are below 2^31, so that a product with 32 bits fits an int64.
-_FIRST, _SECOND = 0x21F0AAAD, 0x735A2D97
+FIRST, SECOND = 0x21F0AAAD, 0x735A2D97
 STRIDE = 0x9E3779B9  # key.high moves by so much every 2^32 elements
 
 
@@ -57,7 +57,7 @@ def random_bits(key: Key, shape: torch.Size, device: torch.device) -> Tensor:
 def bits_of(key: Key, index: Tensor) -> Tensor:
     """bits(i) for each i of an int64 tensor, i >= 0: a counter, two rounds of xor and multiply."""
     h = (index & _MASK) ^ key.low
-    h = ((h ^ (h >> 16)) * _FIRST) & _MASK
+    h = ((h ^ (h >> 16)) * FIRST) & _MASK
     h = h ^ (h >> 15) ^ ((key.high + (index >> 32) * STRIDE) & _MASK)
-    h = (h * _SECOND) & _MASK
+    h = (h * SECOND) & _MASK
     return h ^ (h >> 15)

@@ -57,7 +57,7 @@ def round_to(
 
     Gradient: straight through, that is, the gradient of the result is passed on to ``x`` unchanged;
     `torch.func` transforms work, too.
-    ``backend`` is for tests: auto | reference | native; see `halfstep.ops.explain`.
+    ``backend`` is for tests: auto | reference | native | triton; see `halfstep.ops.explain`.
 
     Raises `UnknownNameError` for an unknown format, rounding or backend; `OperandError` for a
     tensor that cannot be rounded or written.

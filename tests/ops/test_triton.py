@@ -1,0 +1,150 @@
+"""Triton's kernels against the reference, bit for bit: in the interpreter, or on a GPU that is there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import halfstep
+from adversarial import adversarial, bits, same_numbers, sixteen_bit_patterns
+from halfstep.errors import OperandError
+from halfstep.format import Format, Rounding
+from halfstep.ops import Backend, choose, explain
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIXTEEN = (torch.float16, torch.bfloat16)
+_FORMATS = """
+fp32 tf32 bf16 fp16 e5m2 e4m3fn e4m3 e3m2 e2m3 e2m1 int8 int4 ternary e6m9 e1m0 e1m5 e2m0 e3m0 e7m23
+e8m1 e8m22 q3.5 q1.15 int24 e4m3fn:nan e5m2:nan fp16:saturate fp16:nan
+"""
+FORMATS = _FORMATS.split()
+
+
+def on(backend: str, x: Tensor, format: str, rounding: str, **options) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return halfstep.round_to(x, format, rounding, generator=generator, backend=backend, **options)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rounding_equals_reference(format: str):
+    x = adversarial(Format.parse(format), torch.float32)
+    for rounding in Rounding:
+        found = on("triton", x.to(DEVICE), format, rounding.value).cpu()
+        right = on("reference", x, format, rounding.value)
+        assert torch.equal(bits(found), bits(right)), rounding
+
+
+@pytest.mark.parametrize("source", SIXTEEN)
+@pytest.mark.parametrize("format", ["tf32", "e4m3fn"])
+def test_all_sixteen_bit_inputs(source: torch.dtype, format: str):
+    x = sixteen_bit_patterns(source)
+    for rounding in ("nearest", "stochastic"):
+        right = on("reference", x.float(), format, rounding)
+        out = torch.empty(x.shape, device=DEVICE)
+        assert same_numbers(
+            on("triton", x.to(DEVICE), format, rounding, out=out).cpu(), right
+        ).all()
+
+
+@pytest.mark.parametrize("source", [torch.float32, *SIXTEEN])
+@pytest.mark.parametrize("target", SIXTEEN)
+def test_sixteen_bit_outputs(source: torch.dtype, target: torch.dtype):
+    x = adversarial(Format.parse("e4m3fn"), source)
+    right = on("reference", x, "e4m3fn", "nearest", out=torch.empty(x.shape, dtype=target))
+    out = torch.empty(x.shape, dtype=target, device=DEVICE)
+    assert same_numbers(on("triton", x.to(DEVICE), "e4m3fn", "nearest", out=out).cpu(), right).all()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_layouts_sizes_and_places(rounding: str):
+    """Views of x and out, in place, overlapping, of several programs, empty: the same numbers."""
+    x = torch.randn(270, 260, generator=torch.Generator().manual_seed(2))
+    right = on("reference", x, "e4m3fn", rounding)
+    wide = torch.zeros(270, 520, device=DEVICE)
+    wide[:, ::2] = x
+    views = [
+        x.to(DEVICE),
+        x.to(DEVICE).t().contiguous().t(),
+        wide[:, ::2],
+        torch._neg_view(-x.to(DEVICE)),
+    ]
+    for view in views:
+        assert torch.equal(on("triton", view, "e4m3fn", rounding).cpu(), right)
+        before = view._version
+        on("triton", view, "e4m3fn", rounding, out=view)
+        assert torch.equal(view.cpu(), right)
+        assert view._version > before
+    flat = x.flatten().to(DEVICE)
+    on("triton", flat[:-1], "e4m3fn", rounding, out=flat[1:])
+    assert torch.equal(flat[1:].cpu(), right.flatten()[:-1])
+    for shape in ((0,), (3, 0), ()):
+        some = torch.full(shape, 1.3, device=DEVICE)
+        assert torch.equal(on("triton", some, "e4m3fn", rounding, out=some), some)
+        assert some.shape == shape
+
+
+# Which back end
+
+
+def test_the_interpreter_is_never_chosen_by_itself():
+    choice = choose(
+        "round_to",
+        torch.device("cpu"),
+        Backend.AUTO,
+        tensors=[torch.ones(1, dtype=torch.float64)],
+        asked=Format.parse("binary"),
+    )
+    assert choice.backend is Backend.REFERENCE
+    assert ("round_to", "cpu", "triton") in {row[:3] for row in explain()}
+
+
+@pytest.mark.parametrize(
+    ("x", "format", "text"),
+    [
+        (torch.ones(1, dtype=torch.float64), "fp16", "no Triton kernel takes torch.float64"),
+        (torch.ones(1), "binary", "binary has no Triton kernel"),
+        (torch.ones(1), "e8m0", "e8m0 has no Triton kernel"),
+    ],
+)
+def test_what_it_cannot_is_said(x: Tensor, format: str, text: str):
+    with pytest.raises(OperandError, match=f"{text}.*use backend='auto'"):
+        on("triton", x.to(DEVICE), format, "nearest")
+
+
+WITHOUT_INTERPRETER = """
+import sys, torch
+import halfstep
+from halfstep.format import Format, Rounding
+from halfstep.ops import triton_kernels
+
+def ask():
+    try:
+        halfstep.round_to(torch.ones(1), "fp16", backend="triton")
+    except halfstep.errors.OperandError as error:
+        print(error)
+
+ask()
+sys.modules["triton"] = None
+triton_kernels.missing.cache_clear()
+ask()
+"""
+
+
+def test_where_there_is_no_gpu_or_no_triton_it_says_so():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    said = subprocess.run(
+        [sys.executable, "-c", WITHOUT_INTERPRETER],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert "only its interpreter does, for tests: set TRITON_INTERPRET=1 before triton" in said[0]
+    assert "pip install 'halfstep[triton]'" in said[1]
