@@ -24,7 +24,7 @@ from halfstep.study import demo
 from halfstep.study.benchmarks import switch as switch_benchmark
 from halfstep.study.benchmarks.harness import Clock, Ratio, Row, Sense, Target
 
-COMMANDS = [["demo"], ["formats"], ["recipes"], ["bench", "switch"], ["bench", "rounding"]]
+COMMANDS = [["demo"], ["run"], ["formats"], ["recipes"], ["bench", "switch"], ["bench", "rounding"]]
 
 
 @pytest.fixture

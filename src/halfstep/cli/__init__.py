@@ -11,6 +11,7 @@ import halfstep
 from halfstep.cli import bench, lab
 from halfstep.cli.catalogues import list_formats, list_recipes
 from halfstep.cli.demo import show_demo
+from halfstep.cli.run import Launch, run_script
 from halfstep.cli.statuses import MISUSE
 from halfstep.errors import HalfstepError
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(show_demo)
+app.command("run", context_settings={"allow_interspersed_args": False})(run_script)
 app.command("formats")(list_formats)
 app.command("recipes")(list_recipes)
 app.add_typer(lab.group, name="lab")
@@ -32,11 +34,21 @@ app.add_typer(bench.group, name="bench")
 
 def main() -> None:
     """The ``halfstep`` command; leaves with status 0 done, 1 the answer is no, 2 misuse."""
+    printing = sys.excepthook
+    job = _nothing
     try:
         app()
     except HalfstepError as error:
         print(f"halfstep: {error}", file=sys.stderr)
         sys.exit(MISUSE)
+    except Launch as launch:
+        job = launch.job
+    sys.excepthook = printing  # Typer puts its own there
+    job()
+
+
+def _nothing() -> None:
+    return None
 
 
 def _print_version(wanted: bool) -> None:

@@ -44,6 +44,8 @@ class Ledger:
         self.gate = Gate(1.0)
         self.gate.on_backward = self.note_backward
         self.scaled = scaled
+        self.on_step: Callable[[StepReport], None] = _ignore
+        """Called with each report: a tap, for who keeps them all."""
         self.steps = 0
         self.skipped_steps = 0
         self._loss_scale = self._before = LossScale.start(rule)
@@ -110,6 +112,7 @@ class Ledger:
         )
         self.steps += 1
         self.skipped_steps += not applied
+        self.on_step(self._report)
         for ledger in (self,) if applied else self._concerned():
             ledger._pending.append(applied)
         self.settle_scale()
@@ -175,6 +178,10 @@ class Ledger:
             return
         self._finite = finite
         self.set(self._before.after(finite=finite))
+
+
+def _ignore(report: StepReport) -> None:
+    return None
 
 
 _live: weakref.WeakSet[Ledger] = weakref.WeakSet()

@@ -154,6 +154,11 @@ class Switch:
         return self.ledger.skipped_steps
 
     @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """Those whose steps are looked at: given to the switch, or seen to step the model's parameters."""
+        return tuple(guard.optimizer for guard in self._guards)
+
+    @property
     def loss_scale(self) -> float:
         """The loss scale that the next backward will use."""
         self.ledger.settle()
