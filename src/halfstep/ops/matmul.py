@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,42 +10,19 @@ from torch.autograd import Function
 
 from halfstep.errors import OperandError
 from halfstep.format import Accumulator, Format, Order, Products, Rounding, Unit
+from halfstep.ops.arithmetic import (
+    NO_KEY,
+    Arithmetic,
+    arithmetic_of,
+    check_operand,
+    key_for,
+    next_key,
+    rounded,
+)
 from halfstep.ops.backends import Backend, choose
-from halfstep.ops.random_bits import Key, draw_key
-from halfstep.ops.rounding import CARRIERS, round_to
+from halfstep.ops.random_bits import Key
 
-__all__ = ["Arithmetic", "check_operand", "formats_of", "matmul", "multiply", "product", "rounded"]
-
-_MOST_STEPS = 2**26  # a stochastic sum has random bits of its own for so many
-_NO_KEY = Key()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arithmetic:
-    """How a product of operands that are rounded already is added, forward and backward."""
-
-    forward: Accumulator
-    backward: Accumulator
-    operands: tuple[Format, Format]
-    """What they were rounded to; a unit must know."""
-    gradient: Format
-    """What the gradient that arrives is rounded to."""
-    backend: Backend = Backend.AUTO
-
-    @property
-    def of_a(self) -> Arithmetic:
-        """That of the product which makes the gradient of a: the one that arrives, times b."""
-        return replace(self, forward=self.backward, operands=(self.gradient, self.operands[1]))
-
-    @property
-    def of_b(self) -> Arithmetic:
-        """That of the product which makes the gradient of b: a, times the one that arrives."""
-        return replace(self, forward=self.backward, operands=(self.operands[0], self.gradient))
-
-    @property
-    def accumulator(self) -> Accumulator:
-        """The forward one, for these operands. Raises `FormatError` if it cannot multiply them."""
-        return self.forward.of(*self.operands)
+__all__ = ["matmul", "multiply", "product"]
 
 
 def matmul(
@@ -132,27 +108,21 @@ def matmul(
     floating point summation, SIAM J. Sci. Comput. 14(4), 1993; chunks: Wang et al., arXiv
     1812.08011, section 2.3; ``between``: DeepSeek-V3, arXiv 2412.19437, section 3.3.2.
     """
-    left, right = formats_of(operands)
-    forward = Accumulator.parse(accumulate).replace(
-        **_given(
-            order=order and Order.parse(order),
-            chunk=chunk,
-            between=between and Format.parse(between),
-            split=split,
-            rounding=rounding and Rounding.parse(rounding),
-            products=products and Products.parse(products),
-            compensated=compensated,
-        )
+    left, right, arithmetic = arithmetic_of(
+        "matmul",
+        operands=operands,
+        accumulate=accumulate,
+        order=order,
+        chunk=chunk,
+        between=between,
+        split=split,
+        rounding=rounding,
+        products=products,
+        compensated=compensated,
+        gradient=gradient,
+        grad_accumulate=grad_accumulate,
+        backend=backend,
     )
-    arithmetic = Arithmetic(
-        forward=forward,
-        backward=forward if grad_accumulate is None else Accumulator.parse(grad_accumulate),
-        operands=(left, right),
-        gradient=left if gradient is None else Format.parse(gradient),
-        backend=Backend.parse(backend),
-    )
-    for each in (arithmetic, arithmetic.of_a, arithmetic.of_b):
-        each.accumulator  # noqa: B018 - raises
     for name, operand in (("a", a), ("b", b)):
         check_operand("matmul", name, operand, least=1)
     a_rounded, b_rounded = rounded(a, left), rounded(b, right)
@@ -182,13 +152,7 @@ def product(
 
     ``a`` (..., M, K) and ``b`` (..., K, N) broadcast, ``initial`` broadcasts to the result.
     """
-    forward, backward = arithmetic.forward, arithmetic.backward
-    stochastic = Rounding.STOCHASTIC in (forward.rounding, backward.rounding)
-    if stochastic and a.shape[-1] >= _MOST_STEPS:
-        raise OperandError(
-            f"matmul: K = {a.shape[-1]} with stochastic rounding; allowed: less than {_MOST_STEPS}"
-        )
-    key = draw_key(generator) if stochastic else _NO_KEY
+    key = key_for("matmul", arithmetic, a.shape[-1], generator)
     return _Product.apply(a, b, initial, arithmetic, key)  # pyright: ignore[reportReturnType]
 
 
@@ -224,21 +188,17 @@ class _Product(Function):
         to_a = to_b = to_initial = None
         if need_a:
             left, right = _folded(a.shape[:-2], low, b.mT)
-            key = _next_key(ctx.key, 1)
+            key = next_key(ctx.key, 1)
             to_a = _Product.apply(left, right, none, arithmetic.of_a, key).view(a.shape).to(a.dtype)
         if need_b:
             # transposed, so that it is the right operand's batch that folds into rows and columns
             left, right = _folded(b.shape[:-2], low.mT, a)
-            key = _next_key(ctx.key, 2)
+            key = next_key(ctx.key, 2)
             product = _Product.apply(right.mT, left.mT, none, arithmetic.of_b, key)
             to_b = product.view(b.shape).to(b.dtype)
         if need_initial:
             to_initial = grad.sum_to_size(ctx.initial_shape).to(ctx.initial_dtype)
         return to_a, to_b, to_initial, None, None
-
-
-def _next_key(key: Key, which: int) -> Key:
-    return key if key == _NO_KEY else Key.from_seed((key.low << 32 | key.high) + which)
 
 
 def _folded(kept: torch.Size, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,7 +224,7 @@ def multiply(
     accumulator: Accumulator,
     *,
     initial: Tensor | None = None,
-    key: Key = _NO_KEY,
+    key: Key = NO_KEY,
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
     """``a @ b + initial`` of operands that are rounded already, without a graph; float32.
@@ -280,40 +240,6 @@ def multiply(
     choice = choose("matmul", a.device, backend, asked=accumulator, tensors=(a, b))
     choice.function(out, a, b, start.expand(out.shape), accumulator, key)
     return out
-
-
-def formats_of(operands: Any) -> tuple[Format, Format]:
-    """The formats of the two operands, from one or a pair."""
-    if isinstance(operands, tuple | list):
-        if len(operands) != 2:
-            raise OperandError(
-                f"matmul: operands={operands!r}; allowed: a format, or a pair of formats"
-            )
-        return Format.parse(operands[0]), Format.parse(operands[1])
-    format = Format.parse(operands)
-    return format, format
-
-
-def rounded(x: Tensor, format: Format) -> Tensor:
-    """``x`` in the format, in a dtype that holds it; straight-through gradient."""
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
-    return x if format.name == "fp32" and x.dtype is torch.float32 else round_to(x, format)
-
-
-def _given(**fields: Any) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def check_operand(op: str, name: str, x: object, *, least: int) -> None:
-    """Raises `OperandError` for what is no dense floating-point tensor of ``least`` dimensions."""
-    if not isinstance(x, Tensor):
-        raise OperandError(f"{op}: {name} is a {type(x).__name__}; allowed: a torch.Tensor")
-    if x.dtype not in CARRIERS or x.layout is not torch.strided or x.dim() < least:
-        raise OperandError(
-            f"{op}: {name} is {x.dtype} of shape {tuple(x.shape)} ({x.layout}); allowed: a dense "
-            f"float32, float64, float16 or bfloat16 tensor of {least} or more dimensions"
-        )
 
 
 def _shape_of(rows: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> torch.Size:

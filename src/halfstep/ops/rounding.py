@@ -13,6 +13,15 @@ from torch.autograd import forward_ad
 from halfstep.errors import OperandError
 from halfstep.format import Format, Kind, Rounding
 from halfstep.ops.backends import Backend, choose
+from halfstep.ops.custom import (
+    choice_text,
+    format_of,
+    format_text,
+    is_traced,
+    operator,
+    seed_for,
+    straight_through,
+)
 from halfstep.ops.random_bits import Key, draw_key
 
 __all__ = ["CARRIERS", "round_to"]
@@ -56,7 +65,8 @@ def round_to(
     - e8m0: negative numbers become NaN, zero the smallest number.
 
     Gradient: straight through, that is, the gradient of the result is passed on to ``x`` unchanged;
-    `torch.func` transforms work, too.
+    `torch.func` transforms work, too. In `torch.compile` and `torch.export` it is one node, with the
+    same results; there a ``generator`` breaks the graph, and torch's default one is used in order.
     ``backend`` is for tests: auto | reference | native | triton; see `halfstep.ops.explain`.
 
     Raises `UnknownNameError` for an unknown format, rounding or backend; `OperandError` for a
@@ -68,20 +78,14 @@ def round_to(
 
     Source: IEEE 754-2019, sections 4.3 and 7.4; OCP OFP8 v1.0, section 5.2 (conversion).
     """
+    if is_traced():
+        return _traced(x, format, rounding, out, generator, backend)
     format = Format.parse(format)
     rounding = Rounding.parse(rounding)
-    _check_input(x)
-    if format.kind is Kind.BINARY and rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
-        raise OperandError(
-            f"round_to: binary has no rounding {rounding.value!r}; allowed: nearest, stochastic"
-        )
     backend = Backend.parse(backend)
+    _check_input(x)
     wants_grad = (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0
-    if out is not None:
-        _check_out(out, x, wants_grad)
-        _check_holds(out.dtype, format, "out")
-    else:
-        _check_holds(x.dtype, format, "x")
+    _check(x, format, rounding, out, wants_grad)
     key = draw_key(generator) if rounding is Rounding.STOCHASTIC else _NO_KEY
     if out is not None:
         _round_into(out, x, format, rounding, key, backend)
@@ -121,6 +125,92 @@ def _round_into(
 ) -> None:
     choice = choose("round_to", x.device, backend, asked=format, tensors=(x, out))
     choice.function(out, x, format, rounding, key)
+
+
+# In a graph; halfstep.ops.custom says how.
+
+
+def _traced(
+    x: Tensor, format: Any, rounding: Any, out: Tensor | None, generator: Any, backend: Any
+) -> Tensor:
+    rounding = choice_text(rounding)
+    seed = seed_for(generator) if rounding == Rounding.STOCHASTIC.value else None
+    arguments = (x, format_text(format), rounding, seed, choice_text(backend))
+    if out is None:
+        return _node(*arguments)
+    _check_out(out, x, torch.is_grad_enabled() and x.requires_grad)
+    _writing_node(out, *arguments)
+    return out
+
+
+def _parsed(
+    format: str, rounding: str, seed: Tensor | None, backend: str
+) -> tuple[Format, Rounding, Key, Backend]:
+    key = _NO_KEY if seed is None else Key.from_seed(int(seed))
+    return format_of(format), Rounding.parse(rounding), key, Backend.parse(backend)
+
+
+def _eager(x: Tensor, *texts: Any) -> Tensor:
+    return _rounded(x, *_parsed(*texts))
+
+
+def _eager_into(out: Tensor, x: Tensor, *texts: Any) -> None:
+    _round_into(out, x, *_parsed(*texts))
+
+
+def _fake(x: Tensor, format: str, rounding: str, seed: Tensor | None, backend: str) -> Tensor:
+    Backend.parse(backend)
+    _check_input(x)
+    _check(x, format_of(format), Rounding.parse(rounding), None, wants_grad=False)
+    return torch.empty_like(x)
+
+
+def _fake_into(
+    out: Tensor, x: Tensor, format: str, rounding: str, seed: Tensor | None, backend: str
+) -> None:
+    Backend.parse(backend)
+    _check_input(x)
+    _check(x, format_of(format), Rounding.parse(rounding), out, wants_grad=False)
+
+
+def _batched(info: Any, in_dims: Any, x: Tensor, *texts: Any) -> tuple[Tensor, int]:
+    """Every example gets the random bits that it would get alone."""
+    x = x.movedim(in_dims[0], 0)
+    if texts[2] is None:
+        return _node(x, *texts), 0
+    return torch.stack([_node(example, *texts) for example in x]), 0
+
+
+_TEXTS = "str format, str rounding, Tensor? seed, str backend"
+_node = operator(
+    "round_to",
+    f"(Tensor x, {_TEXTS}) -> Tensor",
+    _eager,
+    fake=_fake,
+    backward=straight_through(5),
+    batched=_batched,
+)
+_writing_node = operator(
+    "round_into",
+    f"(Tensor(a!) out, Tensor x, {_TEXTS}) -> ()",
+    _eager_into,
+    fake=_fake_into,
+    mutates=("out",),
+)
+
+
+def _check(
+    x: Tensor, format: Format, rounding: Rounding, out: Tensor | None, wants_grad: bool
+) -> None:
+    if format.kind is Kind.BINARY and rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
+        raise OperandError(
+            f"round_to: binary has no rounding {rounding.value!r}; allowed: nearest, stochastic"
+        )
+    if out is not None:
+        _check_out(out, x, wants_grad)
+        _check_holds(out.dtype, format, "out")
+    else:
+        _check_holds(x.dtype, format, "x")
 
 
 def _check_input(x: object) -> None:
