@@ -13,7 +13,7 @@ from typing import Any
 
 from halfstep.cli.catalogues import format_record, recipe_record
 from halfstep.cli.printing import cell
-from halfstep.format import formats
+from halfstep.format import BlockFormat, block_formats, formats
 from halfstep.recipe import recipes
 from halfstep.recipe.catalogue import SYNONYMS
 
@@ -26,6 +26,20 @@ def markdown(records: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> st
     lines = [columns, ["---"] * len(columns)]
     lines += [[cell(record[column]) for column in columns] for record in records]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def block_format_record(it: BlockFormat) -> dict[str, Any]:
+    """What there is to say about a block format, as plain values."""
+    sizes = (str(size or "all") for size in (it.rows, it.columns))
+    return {
+        "name": it.name,
+        "element": it.element.name,
+        "block": "tensor" if it.rows == 0 else "x".join(sizes),
+        "scale": it.scale.name + (", over FP32" if it.has_tensor_scale else ""),
+        "rule": it.rule.value,
+        "bits per element": it.bits_per_element,
+        "source": it.source,
+    }
 
 
 def tables() -> dict[str, str]:
@@ -41,6 +55,10 @@ def tables() -> dict[str, str]:
         ),
         "format-behaviour": markdown(
             format_records, ("name", "kind", "inf", "nan", "overflow", "source")
+        ),
+        "block-formats": markdown(
+            [block_format_record(it) for it in block_formats().values()],
+            ("name", "element", "block", "scale", "rule", "bits per element", "source"),
         ),
         "recipes": markdown(recipe_records, (*fields, "scaling", "policy")),
         "recipe-summaries": markdown(recipe_records, ("name", "summary")),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from halfstep.format import Format as Format
     from halfstep.format import formats as formats
     from halfstep.ops import matmul as matmul
+    from halfstep.ops import quantize_blocks as quantize_blocks
     from halfstep.ops import round_to as round_to
     from halfstep.recipe import Recipe as Recipe
     from halfstep.recipe import recipes as recipes
@@ -25,6 +26,7 @@ _PUBLIC: dict[str, str] = {
     "Recipe": "halfstep.recipe",
     "formats": "halfstep.format",
     "matmul": "halfstep.ops",
+    "quantize_blocks": "halfstep.ops",
     "recipes": "halfstep.recipe",
     "round_to": "halfstep.ops",
     "switch": "halfstep.switching",

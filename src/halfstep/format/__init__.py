@@ -1,6 +1,7 @@
 """What a number is: formats as frozen data, and the exact scalar codec."""
 
 from halfstep.format.accumulator import Accumulator, Order, Products
+from halfstep.format.blocks import BlockFormat, ScaleRule, block_formats
 from halfstep.format.catalogue import formats
 from halfstep.format.choices import Kind, Overflow, Rounding, Specials
 from halfstep.format.codec import Value, decode, encode, overflow, round_number
@@ -9,6 +10,7 @@ from halfstep.format.units import Datapath, Unit, units
 
 __all__ = [
     "Accumulator",
+    "BlockFormat",
     "Datapath",
     "Format",
     "Kind",
@@ -16,9 +18,11 @@ __all__ = [
     "Overflow",
     "Products",
     "Rounding",
+    "ScaleRule",
     "Specials",
     "Unit",
     "Value",
+    "block_formats",
     "decode",
     "encode",
     "formats",

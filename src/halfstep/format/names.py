@@ -45,6 +45,7 @@ def parse_format(given: object) -> Format:
         return _named(name)
     words = [member.value for member in Overflow]
     if overflow not in words:
+        _refuse_blocks(text)
         raise FormatError(
             f"overflow {overflow!r} in format {text!r}; allowed after the colon: {', '.join(words)}"
         )
@@ -61,9 +62,21 @@ def _named(name: str) -> Format:
         return _fixed(int(match[1]), 0)
     if match := _FIXED.fullmatch(name):
         return _fixed(int(match[1]), int(match[2]))
+    _refuse_blocks(name)
     if name in _AMBIGUOUS:
         raise UnknownNameError("format", name, _AMBIGUOUS[name])
     raise UnknownNameError("format", name, [*CATALOGUE, *SYNONYMS, "eXmY", "intN", "qI.F"])
+
+
+def _refuse_blocks(text: str) -> None:
+    # block formats are made of formats: import at the call
+    from halfstep.format.blocks import is_block_name
+
+    if is_block_name(text):
+        raise FormatError(
+            f"{text!r} is a block format, elements with shared scales, and no format of one number: "
+            f"say halfstep.quantize_blocks(x, {text!r}) or BlockFormat.parse({text!r})"
+        )
 
 
 def _float(exponent_bits: int, mantissa_bits: int) -> Format:

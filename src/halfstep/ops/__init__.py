@@ -1,6 +1,8 @@
 """How a tensor is rounded and multiplied: the reference in plain torch, and native kernels."""
 
 from halfstep.ops.backends import Backend, Choice, choose, explain
+from halfstep.ops.block_tensor import BlockTensor
+from halfstep.ops.blocks import quantize_blocks, round_blocks
 from halfstep.ops.counting import count_nonfinite, unscale
 from halfstep.ops.matmul import matmul, multiply
 from halfstep.ops.random_bits import Key, draw_key, random_bits
@@ -8,6 +10,7 @@ from halfstep.ops.rounding import round_to
 
 __all__ = [
     "Backend",
+    "BlockTensor",
     "Choice",
     "Key",
     "choose",
@@ -16,7 +19,9 @@ __all__ = [
     "explain",
     "matmul",
     "multiply",
+    "quantize_blocks",
     "random_bits",
+    "round_blocks",
     "round_to",
     "unscale",
 ]

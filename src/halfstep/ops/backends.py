@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halfstep.errors import OperandError, UnknownNameError
 from halfstep.format import Accumulator, Format
-from halfstep.ops import native, reference, summation, triton_kernels
+from halfstep.ops import block_reference, native, reference, summation, triton_kernels
 
 __all__ = ["TABLE", "Backend", "Choice", "Row", "choose", "explain"]
 
@@ -130,6 +130,30 @@ TABLE = (
         function=summation.matmul_into,
         refuses=_refuses_nothing,
         covers="every accumulator",
+    ),
+    Row(
+        op="quantize_blocks",
+        device="any",
+        backend=Backend.REFERENCE,
+        function=block_reference.quantize,
+        refuses=_refuses_nothing,
+        covers="every block format, axis and rounding",
+    ),
+    Row(
+        op="dequantize_blocks",
+        device="any",
+        backend=Backend.REFERENCE,
+        function=block_reference.dequantize_into,
+        refuses=_refuses_nothing,
+        covers="every block format and axis",
+    ),
+    Row(
+        op="round_blocks",
+        device="any",
+        backend=Backend.REFERENCE,
+        function=block_reference.round_into,
+        refuses=_refuses_nothing,
+        covers="every block format, axis and rounding",
     ),
     Row(
         op="count_nonfinite",

@@ -14,7 +14,7 @@ from torch import Tensor
 from halfstep.format import Format, Kind, Rounding, overflow
 from halfstep.ops.random_bits import Key, random_bits
 
-__all__ = ["count_nonfinite", "round_into", "unscale"]
+__all__ = ["count_nonfinite", "power_of_two", "round_into", "unscale"]
 
 
 def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: Key) -> None:
@@ -38,10 +38,10 @@ def _round_number(value: Tensor, format: Format, rounding: Rounding, key: Key) -
     # Numbers below 2^-300 all round alike; scaled as they are, the least would vanish.
     magnitude = torch.where(magnitude > 0, magnitude.clamp(min=2.0**-300), magnitude)
     quantum_exponent = _quantum_exponent(magnitude, format)
-    count = magnitude * _power_of_two(-quantum_exponent)
+    count = magnitude * power_of_two(-quantum_exponent)
     whole = count.floor()
     whole = whole + _STEPS[rounding](whole, count - whole, negative, key)
-    result = whole * _power_of_two(quantum_exponent)
+    result = whole * power_of_two(quantum_exponent)
     if not format.has_zero:
         result = result.clamp(min=format.smallest)
     if format.signed:
@@ -62,7 +62,7 @@ def _quantum_exponent(magnitude: Tensor, format: Format) -> Tensor:
     return exponent.clamp(format.min_exponent, 128) - format.mantissa_bits
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
+def power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent as float64, exactly (torch.ldexp goes through float32)."""
     return ((exponent + 1023) << 52).view(torch.float64)
 

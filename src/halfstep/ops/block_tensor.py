@@ -1,0 +1,295 @@
+"""`BlockTensor`: a tensor stored in a block format, and its file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfstep.errors import HalfstepError, OperandError
+from halfstep.format import BlockFormat
+from halfstep.ops.backends import Backend, choose
+from halfstep.ops.bit_packing import packed_length, stored_as
+from halfstep.ops.block_reference import Parts, scales_shape
+from halfstep.ops.rounding import CARRIERS
+
+__all__ = ["BlockTensor"]
+
+_VERSION = 1
+_PARTS = ("values", "scales", "tensor_scale")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class BlockTensor:
+    """A tensor in a block format: packed elements and the scales of their blocks.
+
+    Made by `halfstep.quantize_blocks`; ``dequantize()`` is the way back. The fields are plain tensors.
+
+    Raises `OperandError` for fields that do not fit each other.
+
+    >>> import halfstep
+    >>> b = halfstep.quantize_blocks(torch.ones(2, 64), "mxfp4")
+    >>> b
+    BlockTensor(mxfp4, shape=(2, 64), dim=1, dtype=float32, 68 bytes on cpu)
+    >>> b.values.shape, b.scales.shape, b.nbytes
+    (torch.Size([2, 32]), torch.Size([2, 2]), 68)
+    """
+
+    values: Tensor
+    """The elements. float8_e4m3fn, float8_e5m2, float16 ... where torch has that dtype, int8 for
+    8-bit integers: of the tensor's shape. Else uint8 codes, packed without gaps along ``dim``:
+    two of 4 bits make a byte, the first in the lower half; four of 6 bits make three bytes."""
+    scales: Tensor
+    """One for each block, of the tensor's shape but for ``dim`` (and the rows of a tile), which
+    count blocks: float8_e8m0fnu, float8_e4m3fn or float32. NaN says that the block is NaN."""
+    tensor_scale: Tensor
+    """float32, of shape (): what all scales are multiples of. 1, and not stored, but in nvfp4."""
+    format: BlockFormat
+    shape: torch.Size
+    dim: int
+    """The axis along which blocks lie, counted from 0."""
+    dtype: torch.dtype
+    """That of the tensor it was made of, and of ``dequantize()``."""
+    _edge: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Where the gradient of ``dequantize()`` goes; one number of memory."""
+
+    def __post_init__(self) -> None:
+        length = max(len(self.shape), 1)
+        if self.dtype not in CARRIERS or not 0 <= self.dim < length:
+            raise OperandError(
+                f"BlockTensor: dtype {self.dtype}, dim {self.dim} of shape {tuple(self.shape)}; "
+                "allowed: float32, float64, float16, bfloat16, and a dim of the shape from 0 on"
+            )
+        element, shape = self.format.element, self.storage_shape
+        packed = list(shape)
+        if element.bits < 8:
+            packed[self.dim] = packed_length(shape[self.dim], element.bits)
+        wanted = {
+            "values": (stored_as(element), packed),
+            "scales": (stored_as(self.format.scale), scales_shape(shape, self.format, self.dim)),
+            "tensor_scale": (torch.float32, []),
+        }
+        for name, (dtype, sizes) in wanted.items():
+            part = getattr(self, name)
+            if part.dtype is not dtype or list(part.shape) != sizes:
+                raise OperandError(
+                    f"BlockTensor: {name} is {part.dtype} of shape {tuple(part.shape)}; "
+                    f"{self.format} of shape {tuple(self.shape)} along dim {self.dim} has {dtype} "
+                    f"of shape {tuple(sizes)}"
+                )
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"BlockTensor({self.format}, shape={tuple(self.shape)}, dim={self.dim}, dtype={dtype}, "
+            f"{self.nbytes} bytes on {self.device})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values are."""
+        return self.values.device
+
+    @property
+    def storage_shape(self) -> torch.Size:
+        """The shape that blocks are laid in: ``shape``, but (1,) of a scalar."""
+        return self.shape or torch.Size([1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: values, scales, and the tensor scale where the format has one."""
+        second = self.tensor_scale.nbytes if self.format.has_tensor_scale else 0
+        return self.values.nbytes + self.scales.nbytes + second
+
+    def numel(self) -> int:
+        """How many numbers it stands for."""
+        return self.shape.numel()
+
+    def dequantize(
+        self,
+        dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+        *,
+        backend: Backend | str = Backend.AUTO,
+    ) -> Tensor:
+        """The numbers that are stored: element * (scale * tensor scale), in ``dtype`` (its own).
+
+        New, or written to ``out`` (same shape and device; one of the four dtypes). The two products
+        are float32's (the second float64's where ``dtype`` is), each rounded once, then the number is
+        rounded to nearest in ``dtype``. A block whose scale is NaN is NaN.
+
+        Gradient: straight through to what was quantised, where that asked for one.
+
+        Raises `OperandError` for a dtype or an ``out`` that cannot be.
+
+        >>> import halfstep
+        >>> halfstep.quantize_blocks(torch.tensor([1.0, 2.7, -3.9]), "mxfp4").dequantize()
+        tensor([ 1.,  3., -3.])
+        """
+        wants_grad = torch.is_grad_enabled() and self._edge.requires_grad
+        if out is None:
+            dtype = self.dtype if dtype is None else dtype
+            if dtype not in CARRIERS:
+                raise OperandError(
+                    f"dequantize: dtype {dtype}; allowed: float32, float64, float16, bfloat16"
+                )
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        else:
+            _check_out(out, self.shape, self.device, dtype)
+            if wants_grad:
+                raise OperandError("dequantize: out= cannot be differentiated; leave it away")
+        with torch.no_grad():
+            target = out.view(self.storage_shape) if not self.shape else out
+            choice = choose(
+                "dequantize_blocks",
+                self.device,
+                Backend.parse(backend),
+                asked=self.format.element,
+                tensors=(self.values, out),
+            )
+            parts = Parts(values=self.values, scales=self.scales, tensor_scale=self.tensor_scale)
+            choice.function(target, parts, self.format, self.dim)
+        return _Join.apply(self._edge, out) if wants_grad else out  # pyright: ignore[reportReturnType]
+
+    def detach(self) -> BlockTensor:
+        """The same storage, through which no gradient goes."""
+        return replace(self, _edge=torch.empty(0))
+
+    def to(self, device: torch.device | str) -> BlockTensor:
+        """A copy on that device; itself if it is there."""
+        if torch.device(device) == self.device:
+            return self
+        parts = {name: getattr(self, name).to(device) for name in _PARTS}
+        return replace(self, **parts)
+
+    # Files
+
+    def state(self, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Plain tensors, and text about them, both under names that begin with ``prefix``.
+
+        Those of several can be put together and saved in one safetensors file.
+        """
+        about = {
+            "version": _VERSION,
+            "format": str(self.format),
+            "shape": list(self.shape),
+            "dim": self.dim,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        names = _PARTS if self.format.has_tensor_scale else _PARTS[:2]
+        tensors = {f"{prefix}{name}": getattr(self, name).contiguous() for name in names}
+        return tensors, {f"{prefix}block_tensor": json.dumps(about)}
+
+    @classmethod
+    def from_state(
+        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], prefix: str = ""
+    ) -> BlockTensor:
+        """What `state` of the same prefix was of. Other entries are ignored.
+
+        Raises `OperandError` where entries are missing, of a later version, or contradict each other.
+        """
+        key = f"{prefix}block_tensor"
+        if key not in metadata:
+            near = sorted(name for name in metadata if name.endswith("block_tensor"))
+            raise OperandError(
+                f"BlockTensor: no {key!r} in the metadata; there is: {', '.join(near) or 'none'}"
+            )
+        about: dict[str, Any] = json.loads(metadata[key])
+        if about["version"] != _VERSION:
+            raise OperandError(
+                f"BlockTensor: {key!r} is of version {about['version']}, this halfstep reads "
+                f"{_VERSION}"
+            )
+        format = BlockFormat.parse(about["format"])
+        names = _PARTS if format.has_tensor_scale else _PARTS[:2]
+        missing = [f"{prefix}{name}" for name in names if f"{prefix}{name}" not in tensors]
+        if missing:
+            raise OperandError(f"BlockTensor: tensors missing: {', '.join(missing)}")
+        parts = {name: tensors[f"{prefix}{name}"] for name in names}
+        parts.setdefault("tensor_scale", torch.ones((), device=parts["values"].device))
+        return cls(
+            **parts,
+            format=format,
+            shape=torch.Size(about["shape"]),
+            dim=about["dim"],
+            dtype=getattr(torch, about["dtype"]),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file of `state`, whole or not at all."""
+        tensors, metadata = self.state()
+        _write_whole(Path(path), _safetensors().save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> BlockTensor:
+        """The one that `save` wrote, on the CPU. Raises `OperandError` for another file's content."""
+        _safetensors()
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+        except SafetensorError as error:
+            raise OperandError(f"BlockTensor: {path} is no safetensors file: {error}") from None
+        return cls.from_state(tensors, metadata)
+
+
+class _Join(torch.autograd.Function):
+    """The number, with the gradient of the edge."""
+
+    @staticmethod
+    def forward(ctx: Any, edge: Tensor, number: Tensor) -> Tensor:
+        ctx.dtype = edge.dtype
+        return number.view_as(number)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype), None
+
+
+def _check_out(out: object, shape: torch.Size, device: torch.device, dtype: object) -> None:
+    if not isinstance(out, Tensor) or out.dtype not in CARRIERS or dtype not in (None, out.dtype):
+        given = f"{out.dtype}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise OperandError(
+            f"dequantize: out is {given}; allowed: a tensor of float32, float64, float16 or "
+            "bfloat16, and of dtype= where that is given"
+        )
+    if out.shape != shape or out.device != device:
+        raise OperandError(
+            f"dequantize: out is {tuple(out.shape)} on {out.device}; "
+            f"wanted: {tuple(shape)} on {device}"
+        )
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise HalfstepError(
+            "block tensors are saved with safetensors, which is not installed: "
+            "pip install 'halfstep[files]'"
+        ) from None
+    return safetensors.torch
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """The file is there with all of the data, or as it was before."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,218 @@
+"""Block formats: `quantize_blocks` and `round_blocks`. Checks and gradient; back ends compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from halfstep.errors import OperandError
+from halfstep.format import BlockFormat, Kind, Rounding
+from halfstep.ops.backends import Backend, choose
+from halfstep.ops.block_tensor import BlockTensor
+from halfstep.ops.random_bits import Key, draw_key
+from halfstep.ops.rounding import CARRIERS
+
+__all__ = ["quantize_blocks", "round_blocks"]
+
+
+def quantize_blocks(
+    x: Tensor,
+    format: BlockFormat | str,
+    dim: int = -1,
+    rounding: Rounding | str = "nearest",
+    generator: torch.Generator | None = None,
+    *,
+    backend: Backend | str = Backend.AUTO,
+) -> BlockTensor:
+    """``x`` in a block format: packed elements and the scales of their blocks.
+
+    ``x`` is float32, float64, float16 or bfloat16, of any shape, layout and device. Blocks lie
+    along ``dim``, from its beginning; where its length is no multiple, the last block is shorter, and
+    its scale comes from what is there. Tiles have their rows along the last other axis. ``format``:
+    ``mxfp8_e4m3 mxfp8_e5m2 mxfp6_e3m2 mxfp6_e2m3 mxfp4 mxint8 nvfp4``, or ``element@block`` such as
+    ``e4m3fn@1x128``; see `halfstep.format.BlockFormat.parse`. In the working type (float64 for
+    float64, else float32), each operation rounded once::
+
+        amax = max |x| of the block
+        scale = format.rule(amax), in format.scale             # 2^(floor(log2 amax) - E) in MX
+        element = round(x / (scale * tensor_scale)), saturating    # tensor_scale is 1 but in nvfp4
+
+    nvfp4: tensor_scale = amax of the whole tensor / (6 * 448) as float32, and
+    scale = amax / 6 / tensor_scale rounded to nearest in e4m3fn.
+
+    - A block with NaN or infinity has the scale NaN, and so is NaN all along; its element codes are
+      0, and no other block is touched (MX section 6.3 leaves it to the implementation; section 5.1:
+      a scale of NaN makes all NaN). An error stays visible.
+    - A block of zeros has the smallest scale, 2^-127 in e8m0; scales never become 0.
+    - -0 and what rounds to 0 from below are -0 where the element has it.
+    - The largest elements saturate where the rule allows it (FLOOR, EVEN; any in float64 beyond
+      float32's range).
+
+    ``rounding`` of the elements and ``generator`` are those of `halfstep.round_to`, the random bits
+    too: element i draws bits i. Scales round as their rule says.
+
+    Gradient: straight through ``quantize_blocks(x, ...).dequantize()``.
+
+    Raises `UnknownNameError` for an unknown format, rounding or backend; `FormatError` for a format that
+    cannot be; `OperandError` for a tensor or ``dim`` that it cannot take.
+
+    >>> b = quantize_blocks(torch.tensor([0.1, -0.5, 3.0, 100.0]), "mxfp8_e4m3")
+    >>> b.values, b.scales.float()
+    (tensor([  0.4062,  -2.0000,  12.0000, 384.0000], dtype=torch.float8_e4m3fn), tensor([0.2500]))
+
+    Source: OCP Microscaling Formats (MX) v1.0, sections 5 and 6.3; NVIDIA, arXiv 2509.25149.
+    """
+    format, dim, rounding = _checked("quantize_blocks", x, format, dim, rounding)
+    key = draw_key(generator) if rounding is Rounding.STOCHASTIC else Key()
+    with torch.no_grad():
+        source = x if x.dim() else x.reshape(1)
+        choice = choose(
+            "quantize_blocks",
+            x.device,
+            Backend.parse(backend),
+            asked=format.element,
+            tensors=(source,),
+        )
+        parts = choice.function(source, format, dim, rounding, key)
+    wants_grad = torch.is_grad_enabled() and x.requires_grad
+    return BlockTensor(
+        values=parts.values,
+        scales=parts.scales,
+        tensor_scale=parts.tensor_scale,
+        format=format,
+        shape=x.shape,
+        dim=dim,
+        dtype=x.dtype,
+        _edge=_Edge.apply(x) if wants_grad else torch.empty(0),
+    )
+
+
+def round_blocks(
+    x: Tensor,
+    format: BlockFormat | str,
+    dim: int = -1,
+    rounding: Rounding | str = "nearest",
+    out: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    backend: Backend | str = Backend.AUTO,
+) -> Tensor:
+    """``x`` as a block format has it: ``quantize_blocks(x, ...).dequantize()`` in one pass.
+
+    The same numbers, bit for bit, and the same arguments; see `halfstep.quantize_blocks`. New, in
+    ``x``'s dtype, or written to ``out`` (same shape, dtype and device; it may be ``x`` itself or
+    overlap it). Gradient: straight through.
+
+    >>> round_blocks(torch.tensor([0.1, -0.5, 3.0, 100.0]), "mxfp4")
+    tensor([ 0., -0.,  0., 96.])
+    """
+    format, dim, rounding = _checked("round_blocks", x, format, dim, rounding)
+    backend = Backend.parse(backend)
+    wants_grad = (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0
+    if out is not None:
+        _check_out(out, x, wants_grad)
+    key = draw_key(generator) if rounding is Rounding.STOCHASTIC else Key()
+    arguments = (format, dim, rounding, key, backend)
+    if out is not None:
+        with torch.no_grad():
+            _round_into(out, x, *arguments)
+        return out
+    return _StraightThrough.apply(x, *arguments) if wants_grad else _rounded(x, *arguments)
+
+
+class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, *arguments: Any) -> Tensor:
+        return _rounded(x, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].clone()
+
+
+class _Edge(torch.autograd.Function):
+    """A tensor of x's shape and one number of memory, through which x gets its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def _rounded(x: Tensor, *arguments: Any) -> Tensor:
+    out = torch.empty_like(x, requires_grad=False)
+    _round_into(out, x, *arguments)
+    return out
+
+
+def _round_into(
+    out: Tensor,
+    x: Tensor,
+    format: BlockFormat,
+    dim: int,
+    rounding: Rounding,
+    key: Key,
+    backend: Backend,
+) -> None:
+    if not x.dim():
+        out, x = out.view(1), x.reshape(1)
+    choice = choose("round_blocks", x.device, backend, asked=format.element, tensors=(x, out))
+    choice.function(out, x, format, dim, rounding, key)
+
+
+def _checked(
+    op: str, x: object, format: object, dim: int, rounding: object
+) -> tuple[BlockFormat, int, Rounding]:
+    format = BlockFormat.parse(format)
+    rounding = Rounding.parse(rounding)
+    if not isinstance(x, Tensor) or x.dtype not in CARRIERS or x.layout is not torch.strided:
+        given = f"{x.dtype} ({x.layout})" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise OperandError(
+            f"{op}: x is {given}; allowed: a dense tensor of float32, float64, float16 or bfloat16"
+        )
+    length = max(x.dim(), 1)
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -length <= dim < length:
+        raise OperandError(
+            f"{op}: dim {dim!r} of x with shape {tuple(x.shape)}; allowed: {-length} to {length - 1}"
+        )
+    possible = (Rounding.NEAREST, Rounding.STOCHASTIC)
+    if format.element.kind is Kind.BINARY and rounding not in possible:
+        raise OperandError(
+            f"{op}: binary has no rounding {rounding.value!r}; allowed: nearest, stochastic"
+        )
+    return format, dim % length, rounding
+
+
+def _check_out(out: object, x: Tensor, wants_grad: bool) -> None:
+    if not isinstance(out, Tensor):
+        raise OperandError(f"round_blocks: out is a {type(out).__name__}; allowed: a torch.Tensor")
+    if (out.shape, out.dtype, out.device, out.layout) != (x.shape, x.dtype, x.device, x.layout):
+        raise OperandError(
+            f"round_blocks: out is {out.dtype} {tuple(out.shape)} on {out.device} ({out.layout}); "
+            f"it must be as x: {x.dtype} {tuple(x.shape)} on {x.device} ({x.layout})"
+        )
+    if any(s == 0 and size > 1 for s, size in zip(out.stride(), out.shape, strict=True)):
+        raise OperandError(
+            f"round_blocks: out has stride {out.stride()}: several elements share one place, "
+            "as after expand(); pass out.contiguous() or no out"
+        )
+    if wants_grad or (torch.is_grad_enabled() and out.requires_grad):
+        raise OperandError(
+            "round_blocks: out= cannot be differentiated; leave it away, or use torch.no_grad()"
+        )
