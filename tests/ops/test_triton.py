@@ -13,8 +13,8 @@ from torch import Tensor
 import halfstep
 from adversarial import adversarial, bits, same_numbers, sixteen_bit_patterns
 from halfstep.errors import OperandError
-from halfstep.format import Format, Rounding
-from halfstep.ops import Backend, choose, explain
+from halfstep.format import Accumulator, Format, Rounding
+from halfstep.ops import Backend, choose, explain, triton_kernels
 
 pytest.importorskip("triton")
 
@@ -90,6 +90,104 @@ def test_layouts_sizes_and_places(rounding: str):
         assert some.shape == shape
 
 
+# Dot products
+
+
+def product(backend: str, a: Tensor, b: Tensor, accumulate: str, start: Tensor | None) -> Tensor:
+    device = DEVICE if backend == "triton" else "cpu"
+    generator = torch.Generator().manual_seed(3)
+    return halfstep.matmul(
+        a.to(device),
+        b.to(device),
+        "fp32",
+        accumulate,
+        initial=None if start is None else start.to(device),
+        generator=generator,
+        backend=backend,
+    ).cpu()
+
+
+def operands(*shape: int, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return halfstep.round_to(torch.randn(*shape, generator=generator) * scale, "fp16")
+
+
+ACCUMULATORS = """
+fp16 fp32 bf16/toward_zero e6m9/away/chunk3/between-fp32 fp16/down e5m2/down/products-rounded
+fp16/products-rounded/chunk3 q8.8 int8/up e4m3fn/chunk2/between-bf16 e8m21/chunk3/up fp32/stochastic
+e6m9/stochastic/chunk2/between-fp32 bf16/stochastic/products-rounded/chunk3
+"""
+
+
+@pytest.mark.parametrize("accumulate", ACCUMULATORS.split())
+def test_products_equal_reference(accumulate: str):
+    """Numbers of order one; those that end subnormal; those that overflow."""
+    for depth, scale in ((7, 1.0), (2, 2e-4), (3, 200.0)):
+        scale = min(scale, 20.0) if accumulate.startswith("int8") else scale
+        a, b = operands(5, depth, scale=scale), operands(depth, 6, scale=scale)
+        start = operands(5, 6, scale=scale)
+        found = product("triton", a, b, accumulate, start)
+        assert torch.equal(bits(found), bits(product("reference", a, b, accumulate, start)))
+
+
+@pytest.mark.parametrize("accumulate", ["fp16", "bf16/down"])
+def test_products_of_any_operands(accumulate: str):
+    """Any bits: infinities, NaN, zeros of both signs, numbers of every size."""
+    x = adversarial(Format.parse(accumulate.partition("/")[0]), torch.float32)
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(1))[:360]]
+    a, b = x[:180].view(60, 3), x[180:].view(3, 60)
+    right = product("reference", a, b, accumulate, None)
+    assert same_numbers(product("triton", a, b, accumulate, None), right).all()
+
+
+@pytest.mark.parametrize(
+    ("a_shape", "b_shape"),
+    [
+        ((33, 1), (1, 40)),
+        ((2, 1, 9, 2), (2, 2, 3)),
+        ((4, 0), (0, 5)),
+        ((0, 4), (4, 5)),
+        ((2, 3, 4), (2, 4, 0)),
+    ],
+)
+def test_shapes_and_strides_of_products(a_shape, b_shape):
+    a, b = operands(*a_shape), operands(*b_shape)
+    right = product("reference", a, b, "e6m9/stochastic", None)
+    assert torch.equal(product("triton", a, b, "e6m9/stochastic", None), right)
+    flipped = a.mT.contiguous().mT, b.mT.contiguous().mT
+    assert torch.equal(product("triton", *flipped, "e6m9/stochastic", None), right)
+
+
+def test_a_start_in_float64_is_rounded_once():
+    a, b = torch.zeros(1, 1), torch.zeros(1, 1)
+    start = torch.tensor([[1 + 2**-11 + 2**-40]], dtype=torch.float64)
+    assert product("triton", a, b, "fp16", start).item() == 1 + 2**-10
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "text"),
+    [
+        ("bf16/pairwise", "no Triton kernel adds as bf16/pairwise does"),
+        ("fp16/kahan", "no Triton kernel adds as fp16/kahan does"),
+        ("bf16/split2", "no Triton kernel adds as bf16/split2 does"),
+        ("e8m22", "no Triton kernel adds in e8m22"),
+        ("int24", "no Triton kernel adds in int24"),
+        ("fp32/up", "no Triton kernel adds in fp32"),
+        ("fp16/chunk4/between-e8m22", "no Triton kernel adds in e8m22"),
+    ],
+)
+def test_what_products_cannot_is_said(accumulate: str, text: str):
+    with pytest.raises(OperandError, match=f"{text}.*use backend='auto'"):
+        product("triton", torch.ones(1, 1), torch.ones(1, 1), accumulate, None)
+
+
+def test_units_are_left_to_the_reference():
+    accumulator = Accumulator.parse("v100")
+    assert triton_kernels.refuses_matmul(accumulator, [torch.ones(1, 1)]) == (
+        "no Triton kernel adds as v100 does"
+    )
+
+
 # Which back end
 
 
@@ -121,7 +219,7 @@ def test_what_it_cannot_is_said(x: Tensor, format: str, text: str):
 WITHOUT_INTERPRETER = """
 import sys, torch
 import halfstep
-from halfstep.format import Format, Rounding
+from halfstep.format import Accumulator, Format, Rounding
 from halfstep.ops import triton_kernels
 
 def ask():

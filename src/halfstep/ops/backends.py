@@ -95,6 +95,13 @@ _ROUND_ON_GPU, _ROUND_INTERPRETED = _on_gpu(
     "eXmY, e4m3fn, e3m2, e2m3, e2m1, intN, qI.F, ternary; every rounding; no float64",
 )
 
+_MATMUL_ON_GPU, _MATMUL_INTERPRETED = _on_gpu(
+    "matmul",
+    triton_kernels.matmul_into,
+    triton_kernels.refuses_matmul,
+    "formats up to 22 digits and fp32, sequential, in chunks; every rounding; CUDA",
+)
+
 # In order of preference.
 TABLE = (
     Row(
@@ -123,6 +130,7 @@ TABLE = (
         refuses=native.refuses_matmul,
         covers="eXmY up to 21 mantissa bits, sequential, fused, to nearest; AVX-512, else plain C++",
     ),
+    _MATMUL_ON_GPU,
     Row(
         op="matmul",
         device="any",
@@ -131,6 +139,7 @@ TABLE = (
         refuses=_refuses_nothing,
         covers="every accumulator",
     ),
+    _MATMUL_INTERPRETED,
     Row(
         op="quantize_blocks",
         device="any",

@@ -15,11 +15,11 @@ from halfstep.ops.random_bits import STRIDE, Key
 from halfstep.ops.reference import round_into
 from halfstep.ops.unit_sums import sum_of_blocks
 
-__all__ = ["matmul_into"]
+__all__ = ["CHUNK", "PRODUCT", "SLOT_BITS", "SUM", "matmul_into"]
 
 # Which of a step's roundings: each has random bits of its own, see `_Adder.rounded`.
-_SUM, _PRODUCT, _CHUNK, _PART, _LESS, _GAINED, _LOST, _START, _LEVELS = range(9)
-_SLOT_BITS = 26
+SUM, PRODUCT, CHUNK, _PART, _LESS, _GAINED, _LOST, _START, _LEVELS = range(9)
+SLOT_BITS = 26
 
 
 def matmul_into(
@@ -59,7 +59,7 @@ def _sum_of_chunks(adder: _Adder, a: Tensor, b: Tensor, steps: range, start: Ten
     for first in range(steps.start, steps.stop, chunk):
         inside = range(first, min(first + chunk, steps.stop))
         chunk_sum = _sum_of_products(adder, a, b, inside, torch.zeros_like(start))
-        total = adder.added_between(total, chunk_sum, _CHUNK, first)
+        total = adder.added_between(total, chunk_sum, CHUNK, first)
     return total
 
 
@@ -72,7 +72,7 @@ def _sum_of_products(adder: _Adder, a: Tensor, b: Tensor, steps: range, start: T
         return _compensated(adder, a, b, steps, start)
     total = start
     for k in steps:
-        total = adder.added(total, adder.product(a, b, k), _SUM, k)
+        total = adder.added(total, adder.product(a, b, k), SUM, k)
     return total
 
 
@@ -80,7 +80,7 @@ def _compensated(adder: _Adder, a: Tensor, b: Tensor, steps: range, start: Tenso
     total, lost = start, torch.zeros_like(start)
     for k in steps:
         term = adder.added(adder.product(a, b, k), -lost, _LESS, k)
-        new = adder.added(total, term, _SUM, k)
+        new = adder.added(total, term, SUM, k)
         gained = adder.added(new, -total, _GAINED, k)
         lost = adder.added(gained, -term, _LOST, k)
         total = new
@@ -112,7 +112,7 @@ class _Adder:
         exact = a[..., :, k, None] * b[..., k, None, :]
         if self.accumulator.products is Products.EXACT:
             return exact
-        return self._rounded(exact, self.accumulator.format, self.accumulator.rounding, _PRODUCT, k)
+        return self._rounded(exact, self.accumulator.format, self.accumulator.rounding, PRODUCT, k)
 
     def added(self, x: Tensor, y: Tensor, slot: int, k: int) -> Tensor:
         """x + y, rounded once to the adder's format."""
@@ -131,7 +131,7 @@ class _Adder:
         if rounding is Rounding.STOCHASTIC:
             x = x.to(torch.float32)  # in two steps: see `halfstep.matmul`
         out = torch.empty_like(x, dtype=torch.float64)
-        round_into(out, x, format, rounding, _key_of(self.key, (slot << _SLOT_BITS) + k))
+        round_into(out, x, format, rounding, _key_of(self.key, (slot << SLOT_BITS) + k))
         return out
 
 

@@ -15,15 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfstep.format import Format, Kind, Rounding
-from halfstep.ops.layout import in_memory_order, overlaps, refuses_memory
+from halfstep.format import Accumulator, Format, Kind, Order, Rounding, Unit
+from halfstep.ops import reference
+from halfstep.ops.layout import in_memory_order, overlaps, refuses_memory, starts
 from halfstep.ops.random_bits import Key
-from halfstep.ops.triton_kernels.grid import grid_of
+from halfstep.ops.triton_kernels.grid import grid_of, sums_of
 
-__all__ = ["missing", "refuses_round", "round_into"]
+__all__ = ["matmul_into", "missing", "refuses_matmul", "refuses_round", "round_into"]
 
 _CARRIERS = (torch.float32, torch.float16, torch.bfloat16)
 _BLOCK = 2048  # elements of one program: 16 a thread, four loads of 16 bytes
+_TILE = (64, 64)  # sums of one program: 32 a thread
+_TILE_INTERPRETED = (16, 32)
+_MOST_DIGITS = 22  # two less than float32's, which a rounding in two steps needs to be exact
 _BLOCK_INTERPRETED = 2**15  # there a program costs milliseconds, whatever its size
 
 
@@ -75,6 +79,70 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
         torch.autograd.graph.increment_version(out)
     else:
         target.copy_(rounded)
+
+
+def refuses_matmul(accumulator: Accumulator, tensors: Sequence[Tensor]) -> str:
+    """Why the kernels cannot add like that; empty if they can."""
+    plain = (
+        not isinstance(accumulator.adder, Unit)
+        and accumulator.order is Order.SEQUENTIAL
+        and accumulator.split == 1
+        and not accumulator.compensated
+    )
+    if not plain:
+        return f"no Triton kernel adds as {accumulator} does"
+    if accumulator.rounding is not Rounding.STOCHASTIC and not _takes(
+        accumulator.format, accumulator.rounding
+    ):
+        return f"no Triton kernel adds in {accumulator.adder}"
+    own = accumulator.between == accumulator.adder
+    if not own and not _takes(accumulator.between, Rounding.NEAREST):
+        return f"no Triton kernel adds in {accumulator.between}"
+    if torch.version.hip:
+        return "the Triton kernel needs the directed roundings of CUDA's FMA"
+    return _refuses_device(tensors) or refuses_memory(tensors)
+
+
+def _takes(format: Format, rounding: Rounding) -> bool:
+    """Whether float32 sums, rounded to odd, can be rounded to the format once more, or need not."""
+    digits = format.precision if format.kind is Kind.FLOAT else format.bits - 1
+    return digits <= _MOST_DIGITS or grid_of(format, rounding).is_float32
+
+
+def matmul_into(
+    out: Tensor, a: Tensor, b: Tensor, initial: Tensor, accumulator: Accumulator, key: Key
+) -> None:
+    """Writes ``a @ b + initial`` to ``out``, added as the accumulator says; see `halfstep.matmul`.
+
+    ``out`` is contiguous; ``a`` and ``b`` may be broadcast.
+    """
+    if not out.numel():
+        return
+    start = accumulator.between if accumulator.chunk else accumulator.format
+    rounds = reference.round_into if initial.dtype is torch.float64 else round_into
+    rounds(out, initial, start, Rounding.NEAREST, key)
+    a_starts, b_starts = starts(a), starts(b)
+    (m, depth), n = a.shape[-2:], b.shape[-1]
+    rows, columns = _TILE_INTERPRETED if is_interpreted() else _TILE
+    tiles = len(a_starts) * (-(-m // rows)) * (-(-n // columns))
+    with _launching(out.device):
+        _kernels("products").matmul_kernel[(tiles,)](
+            a,
+            b,
+            out,
+            a_starts,
+            b_starts,
+            m,
+            n,
+            depth,
+            *a.stride()[-2:],
+            *b.stride()[-2:],
+            *_signed(key),
+            sums=sums_of(accumulator),
+            ROWS=rows,
+            COLUMNS=columns,
+        )
+    torch.autograd.graph.increment_version(out)
 
 
 def _refuses_device(tensors: Sequence[Tensor]) -> str:

@@ -6,9 +6,9 @@ import struct
 from dataclasses import dataclass
 from functools import cache
 
-from halfstep.format import Format, Kind, Rounding, overflow
+from halfstep.format import Accumulator, Format, Kind, Products, Rounding, overflow
 
-__all__ = ["Grid", "bits_of_float", "grid_of"]
+__all__ = ["Grid", "Sums", "bits_of_float", "grid_of", "sums_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,21 @@ class Grid:
         """Whether infinity becomes something else than what overflows."""
         return (self.infinity_up, self.infinity_down) != (self.overflow_up, self.overflow_down)
 
+    @property
+    def is_float32(self) -> bool:
+        """Whether float32 is this grid, overflow included."""
+        return self == grid_of(Format.parse("fp32"), Rounding.NEAREST)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """An accumulator as constants."""
+
+    adder: Grid
+    between: Grid
+    chunk: int
+    rounds_products: bool
+
 
 def bits_of_float(x: float) -> int:
     """The bits of a float32, as a signed integer; -0.0 is -2^31, any NaN the quiet one."""
@@ -65,4 +80,16 @@ def grid_of(format: Format, rounding: Rounding) -> Grid:
         infinity_up=becomes(negative=False, finite=False),
         infinity_down=becomes(negative=True, finite=False),
         negative_zero=format.has_negative_zero,
+    )
+
+
+@cache
+def sums_of(accumulator: Accumulator) -> Sums:
+    """The constants of an accumulator that is no unit."""
+    own = accumulator.between == accumulator.adder
+    return Sums(
+        adder=grid_of(accumulator.format, accumulator.rounding),
+        between=grid_of(accumulator.between, accumulator.rounding if own else Rounding.NEAREST),
+        chunk=accumulator.chunk,
+        rounds_products=accumulator.products is Products.ROUNDED,
     )
