@@ -3,6 +3,14 @@
 from halfstep.ops.backends import Backend, Choice, choose, explain
 from halfstep.ops.block_tensor import BlockTensor
 from halfstep.ops.blocks import quantize_blocks, round_blocks
+from halfstep.ops.convolution import (
+    conv1d,
+    conv2d,
+    conv3d,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose3d,
+)
 from halfstep.ops.counting import count_nonfinite, unscale
 from halfstep.ops.matmul import matmul, multiply
 from halfstep.ops.random_bits import Key, draw_key, random_bits
@@ -14,6 +22,12 @@ __all__ = [
     "Choice",
     "Key",
     "choose",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
     "count_nonfinite",
     "draw_key",
     "explain",

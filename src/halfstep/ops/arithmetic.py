@@ -74,8 +74,8 @@ class Keywords(TypedDict, total=False):
     backend: Backend | str
 
 
-def arithmetic_of(op: str, **given: Unpack[Keywords]) -> tuple[Format, Format, Arithmetic]:
-    """The formats of both operands, and the arithmetic, that the keywords of ``op`` mean.
+def arithmetic_of(op: str, **given: Unpack[Keywords]) -> Arithmetic:
+    """The arithmetic that the keywords of ``op`` mean.
 
     Raises `OperandError` for operands that are no pair, `FormatError` for a unit that cannot multiply
     them, and what the parsers of each raise.
@@ -104,7 +104,7 @@ def arithmetic_of(op: str, **given: Unpack[Keywords]) -> tuple[Format, Format, A
     )
     for each in (arithmetic, arithmetic.of_a, arithmetic.of_b):
         each.accumulator  # noqa: B018 - raises
-    return left, right, arithmetic
+    return arithmetic
 
 
 def _without_none(**fields: Any) -> dict[str, Any]:

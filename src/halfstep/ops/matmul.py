@@ -108,7 +108,7 @@ def matmul(
     floating point summation, SIAM J. Sci. Comput. 14(4), 1993; chunks: Wang et al., arXiv
     1812.08011, section 2.3; ``between``: DeepSeek-V3, arXiv 2412.19437, section 3.3.2.
     """
-    left, right, arithmetic = arithmetic_of(
+    arithmetic = arithmetic_of(
         "matmul",
         operands=operands,
         accumulate=accumulate,
@@ -123,6 +123,7 @@ def matmul(
         grad_accumulate=grad_accumulate,
         backend=backend,
     )
+    left, right = arithmetic.operands
     for name, operand in (("a", a), ("b", b)):
         check_operand("matmul", name, operand, least=1)
     a_rounded, b_rounded = rounded(a, left), rounded(b, right)
