@@ -17,7 +17,7 @@ from halfstep.format import Accumulator, Format, Unit, units
 from halfstep.ops import native
 
 NATIVE_SETS = [] if native.MISSING else native._core.instruction_sets()
-BACKENDS = ["reference"]
+BACKENDS = ["reference", *NATIVE_SETS]
 WAYS = [
     (name, each) for name, unit in units().items() for p in unit.datapaths for each in p.operands
 ]

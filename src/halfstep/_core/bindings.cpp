@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings_units.hpp"
 #include "cpu.hpp"
 #include "parallel.hpp"
 #include "types.hpp"
@@ -154,6 +155,8 @@ NB_MODULE(_core, m) {
         nb::arg("a_column"), nb::arg("b"), nb::arg("b_starts"), nb::arg("b_row"), nb::arg("b_column"), nb::arg("out"),
         nb::arg("batch"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("grid"),
         nb::arg("threads"), released);
+
+  bind_units(m);
 
   m.def("instruction_sets", &instruction_sets, "Those that this processor has, best first.");
   m.def("instruction_set", [] { return std::string(kernels_in_use().load()->name); },

@@ -5,6 +5,7 @@
 #include "dot_portable.hpp"
 #include "round.hpp"
 #include "widen.hpp"
+#include "units.hpp"
 
 namespace halfstep {
 
@@ -15,5 +16,7 @@ const Kernels avx2_kernels = {
     widen,
     dot_portable,
 };
+
+const UnitKernel avx2_unit = {"avx2", unit_task<Vectors32>};
 
 }  // namespace halfstep

@@ -5,6 +5,7 @@
 #include "dot_avx512.hpp"
 #include "round.hpp"
 #include "widen.hpp"
+#include "units.hpp"
 
 namespace halfstep {
 
@@ -15,5 +16,7 @@ const Kernels avx512_kernels = {
     widen,
     dot_avx512,
 };
+
+const UnitKernel avx512_unit = {"avx512", unit_task<Vectors64>};
 
 }  // namespace halfstep

@@ -4,6 +4,7 @@
 #include "dot_portable.hpp"
 #include "round.hpp"
 #include "widen.hpp"
+#include "units.hpp"
 
 namespace halfstep {
 
@@ -14,5 +15,7 @@ const Kernels portable_kernels = {
     widen,
     dot_portable,
 };
+
+const UnitKernel portable_unit = {"portable", unit_task<Vectors16>};
 
 }  // namespace halfstep

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from halfstep.errors import OperandError, UnknownNameError
 from halfstep.format import Accumulator, Format
-from halfstep.ops import block_reference, native, reference, summation, triton_kernels
+from halfstep.ops import (
+    block_reference,
+    native,
+    native_units,
+    reference,
+    summation,
+    triton_kernels,
+)
 
 __all__ = ["TABLE", "Backend", "Choice", "Row", "choose", "explain"]
 
@@ -131,6 +138,14 @@ TABLE = (
         covers="eXmY up to 21 mantissa bits, sequential, fused, to nearest; AVX-512, else plain C++",
     ),
     _MATMUL_ON_GPU,
+    Row(
+        op="matmul",
+        device="cpu",
+        backend=Backend.NATIVE,
+        function=native_units.matmul_into,
+        refuses=native_units.refuses_matmul,
+        covers="matrix units, and their chunks that are added in fp32; AVX-512, else plain C++",
+    ),
     Row(
         op="matmul",
         device="any",

@@ -32,6 +32,7 @@ _core, MISSING = _load()
 
 __all__ = [
     "MISSING",
+    "core",
     "count_nonfinite",
     "instruction_set",
     "matmul_into",
@@ -63,6 +64,11 @@ _CODES = {
     Rounding.DOWN: 4,
     Rounding.AWAY: 5,
 }
+
+
+def core() -> Any:
+    """The extension, where it is not `MISSING`."""
+    return _core
 
 
 @contextlib.contextmanager
