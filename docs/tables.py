@@ -13,7 +13,7 @@ from typing import Any
 
 from halfstep.cli.catalogues import format_record, recipe_record
 from halfstep.cli.printing import cell
-from halfstep.format import BlockFormat, block_formats, formats
+from halfstep.format import BlockFormat, Unit, block_formats, formats, units
 from halfstep.recipe import recipes
 from halfstep.recipe.catalogue import SYNONYMS
 
@@ -42,6 +42,24 @@ def block_format_record(it: BlockFormat) -> dict[str, Any]:
     }
 
 
+def unit_records(unit: Unit) -> list[dict[str, Any]]:
+    """What there is to say about each way through a matrix unit, as plain values."""
+    return [
+        {
+            "name": unit.name,
+            "architecture": unit.architecture,
+            "operands": " ".join(path.operands),
+            "block": path.block,
+            "kept": path.fraction_bits,
+            "result": path.result_bits,
+            "least": path.lowest_exponent,
+            "verified": path.verified,
+            "evidence": path.evidence,
+        }
+        for path in unit.datapaths
+    ]
+
+
 def tables() -> dict[str, str]:
     """Every table that a page may name."""
     format_records = [format_record(it) for it in formats().values()]
@@ -59,6 +77,13 @@ def tables() -> dict[str, str]:
         "block-formats": markdown(
             [block_format_record(it) for it in block_formats().values()],
             ("name", "element", "block", "scale", "rule", "bits per element", "source"),
+        ),
+        "units": markdown(
+            [record for unit in units().values() for record in unit_records(unit)],
+            (
+                *("name", "architecture", "operands", "block", "kept", "result", "least"),
+                *("verified", "evidence"),
+            ),
         ),
         "recipes": markdown(recipe_records, (*fields, "scaling", "policy")),
         "recipe-summaries": markdown(recipe_records, ("name", "summary")),

@@ -79,9 +79,14 @@ def _number(x: Fraction | float) -> Fraction:
     return Fraction(x)  # an infinity or NaN raises: choose operands that stay finite
 
 
-def unit_dot(a: Sequence[float], b: Sequence[float], unit: Unit, initial: float = 0.0) -> float:
+def unit_dot(
+    a: Sequence[float], b: Sequence[float], accumulator: Accumulator, initial: float = 0.0
+) -> float:
     """The sum as the unit makes it, by the rule in `Unit`; finite operands and initial value."""
-    path, (left, right) = unit.datapath, unit.operands
+    unit, (left, right) = accumulator.adder, accumulator.operands
+    if not isinstance(unit, Unit):
+        raise TypeError(unit)
+    path = unit.datapath(left, right)
     c = Fraction(initial)
     result = float(initial)
     for first in range(0, len(a), path.block):

@@ -53,7 +53,7 @@ def spreads(format: str) -> list[int]:
 @pytest.mark.parametrize(("unit", "format"), WAYS)
 def test_equals_fractions(backend: str, unit: str, format: str):
     """Two tiles of an instruction and a bit, with C; exponents near each other and far apart."""
-    of = units()[unit].of(Format.parse(format), Format.parse(format))
+    of = Accumulator.parse(unit).of(Format.parse(format), Format.parse(format))
     for spread in spreads(format):
         a = random(3, 37, format=format, spread=spread)
         b = random(37, 2, format=format, spread=spread)
@@ -194,7 +194,7 @@ def test_the_operands_may_have_different_formats():
     """Subnormal numbers of e4m3fn begin at 2^-6, those of e5m2 at 2^-14: alignment tells them apart."""
     a, b = torch.tensor([1.0, 2.0**-9]), torch.tensor([1.0, 2.0**-3 + 2.0**-5])
     left, right = Format.parse("e4m3fn"), Format.parse("e5m2")
-    of = units()["h100"].of(left, right)
+    of = Accumulator.parse("h100").of(left, right)
     found = halfstep.matmul(a, b, ("e4m3fn", "e5m2"), "h100").item()
     assert found == text_book.unit_dot(a.tolist(), b.tolist(), of)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -87,6 +87,8 @@ class Accumulator:
     """Parts that K is cut into, each added on its own: split-K."""
     compensated: bool = False
     """Kahan's summation: a second number carries what the additions lost."""
+    operands: tuple[Format, ...] = field(default=(), compare=False, repr=False)
+    """What it multiplies, once that is known (see `of`); no part of its value."""
 
     def __post_init__(self) -> None:
         for name, number, least in (("chunk", self.chunk, 0), ("split", self.split, 1)):
@@ -136,13 +138,13 @@ class Accumulator:
         return CATALOGUE["fp32"] if isinstance(self.adder, Unit) else self.adder
 
     def of(self, left: Format, right: Format) -> Accumulator:
-        """This accumulator for products of these two formats: a unit looks its ways up.
+        """This accumulator for products of these two formats, which a unit must know.
 
         Raises `FormatError` where the unit does not multiply them.
         """
         if isinstance(self.adder, Unit):
-            return replace(self, adder=self.adder.of(left, right))
-        return self
+            self.adder.datapath(left, right)
+        return replace(self, operands=(left, right))
 
     @classmethod
     def parse(cls, given: object) -> Accumulator:

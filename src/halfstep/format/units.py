@@ -72,8 +72,6 @@ class Unit:
     architecture: str
     datapaths: tuple[Datapath, ...]
     source: str
-    operands: tuple[Format, ...] = ()
-    """The formats of the two operands once they are known: see `of`."""
 
     @classmethod
     def parse(cls, given: object) -> Unit:
@@ -89,25 +87,18 @@ class Unit:
             raise UnknownNameError("unit", given, [*UNITS, *UNIT_SYNONYMS])
         return UNITS[name]
 
-    def of(self, left: Format, right: Format) -> Unit:
-        """This unit as it multiplies these two formats.
+    def datapath(self, *operands: Format) -> Datapath:
+        """How it multiplies operands of these formats.
 
         Raises `FormatError` where it has no way to.
         """
-        unit = replace(self, operands=(left, right))
-        unit.datapath  # noqa: B018 - raises
-        return unit
-
-    @property
-    def datapath(self) -> Datapath:
-        """What the formats in `operands` go through."""
         # what overflow becomes is of no concern to numbers that are rounded already
-        asked = {format.name.partition(":")[0] for format in self.operands}
+        asked = {format.name.partition(":")[0] for format in operands}
         for path in self.datapaths:
             if asked and asked <= set(path.operands):
                 return path
         has = "; ".join(" or ".join(path.operands) for path in self.datapaths)
-        given = " times ".join(format.name for format in self.operands) or "no format"
+        given = " times ".join(format.name for format in operands) or "no format"
         raise FormatError(
             f"unit {self.name} ({self.architecture}): operands {given}, which it does not multiply; "
             f"it has: {has}; name them by operands="

@@ -15,6 +15,7 @@ from halfstep.ops.counting import count_nonfinite, unscale
 from halfstep.ops.matmul import matmul, multiply
 from halfstep.ops.random_bits import Key, draw_key, random_bits
 from halfstep.ops.rounding import round_to
+from halfstep.ops.sparsity import prune_2_4
 
 __all__ = [
     "Backend",
@@ -33,6 +34,7 @@ __all__ = [
     "explain",
     "matmul",
     "multiply",
+    "prune_2_4",
     "quantize_blocks",
     "random_bits",
     "round_blocks",

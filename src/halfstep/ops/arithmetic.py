@@ -9,23 +9,29 @@ import torch
 from torch import Tensor
 
 from halfstep.errors import OperandError
-from halfstep.format import Accumulator, Format, Order, Products, Rounding, Unit
+from halfstep.format import Accumulator, Format, Kind, Order, Products, Rounding, Unit
 from halfstep.ops.backends import Backend
 from halfstep.ops.random_bits import Key, draw_key
 from halfstep.ops.rounding import CARRIERS, round_to
+from halfstep.ops.sparsity import Sparse
 
 __all__ = [
+    "INTEGERS",
     "NO_KEY",
     "Arithmetic",
     "Keywords",
     "arithmetic_of",
+    "carried",
     "check_operand",
+    "is_integer",
     "key_for",
     "next_key",
     "rounded",
 ]
 
 NO_KEY = Key()
+_MOST_BITS = 25  # of a fixed-point number in a float32, sign included
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
 _MOST_STEPS = 2**26  # a stochastic sum has random bits of its own for so many
 
 
@@ -40,16 +46,25 @@ class Arithmetic:
     gradient: Format
     """What the gradient that arrives is rounded to."""
     backend: Backend = Backend.AUTO
+    sparse: Sparse = Sparse.NONE
+    """Which operand of the forward is 2:4 sparse and pruned already; the backward's are dense."""
 
     @property
     def of_a(self) -> Arithmetic:
         """That of the product which makes the gradient of a: the one that arrives, times b."""
-        return replace(self, forward=self.backward, operands=(self.gradient, self.operands[1]))
+        operands = (self.gradient, self.operands[1])
+        return replace(self, forward=self.backward, operands=operands, sparse=Sparse.NONE)
 
     @property
     def of_b(self) -> Arithmetic:
         """That of the product which makes the gradient of b: a, times the one that arrives."""
-        return replace(self, forward=self.backward, operands=(self.operands[0], self.gradient))
+        operands = (self.operands[0], self.gradient)
+        return replace(self, forward=self.backward, operands=operands, sparse=Sparse.NONE)
+
+    @property
+    def is_plain(self) -> bool:
+        """True where any back end may do it, and both operands are dense."""
+        return self.backend is Backend.AUTO and self.sparse is Sparse.NONE
 
     @property
     def accumulator(self) -> Accumulator:
@@ -102,6 +117,12 @@ def arithmetic_of(op: str, **given: Unpack[Keywords]) -> Arithmetic:
         gradient=left if gradient is None else Format.parse(gradient),
         backend=Backend.parse(given.get("backend", Backend.AUTO)),
     )
+    for format in (left, right):
+        if format.kind is Kind.FIXED and format.bits > _MOST_BITS:
+            raise OperandError(
+                f"{op}: operands={format}, whose numbers float32 does not hold; "
+                f"allowed: fixed-point formats of at most {_MOST_BITS} bits"
+            )
     for each in (arithmetic, arithmetic.of_a, arithmetic.of_b):
         each.accumulator  # noqa: B018 - raises
     return arithmetic
@@ -147,6 +168,18 @@ def rounded(x: Tensor, format: Format) -> Tensor:
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     return x if format.name == "fp32" and x.dtype is torch.float32 else round_to(x, format)
+
+
+def is_integer(format: Format) -> bool:
+    """True for ``intN``."""
+    return format.kind is Kind.FIXED and format.mantissa_bits == 0 and not format.symmetric
+
+
+def carried(x: Tensor, format: Format) -> Tensor:
+    """``x`` in a floating-point dtype that holds it, where it is of integers and so is the format."""
+    if isinstance(x, Tensor) and x.dtype in INTEGERS and is_integer(format):
+        return x.to(torch.float64 if x.dtype is torch.int32 else torch.float32)
+    return x
 
 
 def check_operand(op: str, name: str, x: object, *, least: int) -> None:

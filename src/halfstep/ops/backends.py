@@ -16,6 +16,7 @@ from halfstep.errors import OperandError, UnknownNameError
 from halfstep.format import Accumulator, Format
 from halfstep.ops import (
     block_reference,
+    integer_sums,
     native,
     native_units,
     reference,
@@ -144,7 +145,15 @@ TABLE = (
         backend=Backend.NATIVE,
         function=native_units.matmul_into,
         refuses=native_units.refuses_matmul,
-        covers="matrix units, and their chunks that are added in fp32; AVX-512, else plain C++",
+        covers="matrix units, and their chunks that are added in fp32; in vectors of any width",
+    ),
+    Row(
+        op="matmul",
+        device="cpu",
+        backend=Backend.NATIVE,
+        function=integer_sums.matmul_into,
+        refuses=integer_sums.refuses_matmul,
+        covers="intN and qI.F operands whose sum cannot leave the accumulator: an exact library product",
     ),
     Row(
         op="matmul",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,18 +13,25 @@ from torch.autograd import Function
 from halfstep.errors import OperandError
 from halfstep.format import Accumulator, Format, Order, Products, Rounding, Unit
 from halfstep.ops.arithmetic import (
+    INTEGERS,
     NO_KEY,
     Arithmetic,
     arithmetic_of,
+    carried,
     check_operand,
+    is_integer,
     key_for,
     next_key,
     rounded,
 )
 from halfstep.ops.backends import Backend, choose
+from halfstep.ops.integer_sums import result_dtype, takes_bytes
 from halfstep.ops.random_bits import Key
+from halfstep.ops.sparsity import Sparse, compressed, prune_2_4
 
 __all__ = ["matmul", "multiply", "product"]
+
+_GATHERED = 2**22  # numbers of the right operand that are gathered at once for a sparse left one
 
 
 def matmul(
@@ -43,12 +52,15 @@ def matmul(
     grad_accumulate: Accumulator | Format | Unit | str | None = None,
     generator: torch.Generator | None = None,
     backend: Backend | str = Backend.AUTO,
+    sparse: Sparse | str | None = None,
 ) -> Tensor:
     """``a @ b + initial`` with operands in one format and the sum in another, bit for bit defined.
 
     ``a`` and ``b`` are as for `torch.matmul` (vectors, matrices, batches that broadcast, any
-    strides), float32, float64 or 16-bit, on one device. The result is float32; float64 where an
-    operand is. ``initial`` (the C of A @ B + C) broadcasts to the result.
+    strides), float32, float64 or 16-bit, on one device; integers too where the operands' format is
+    ``intN``. The result is float32; float64 where an operand is, or where the accumulator is a
+    fixed-point format of more than 25 bits; int32 where both operands and the accumulator are
+    integers. ``initial`` (the C of A @ B + C) broadcasts to the result.
 
     Both operands are rounded to ``operands`` (nearest; a pair gives each its own; "fp32" leaves
     float32 and 16-bit tensors as they are) and multiplied exactly. ``accumulate`` says in which
@@ -93,6 +105,11 @@ def matmul(
     rounded to ``gradient`` (the format of ``a`` if not given) and multiplied with the rounded
     operands, added as ``grad_accumulate`` says (as the forward if not given); where an operand was
     broadcast, its gradient is one dot product over the batch, too.
+
+    ``sparse``, "a" or "b", prunes that operand after its rounding to two of every four consecutive
+    numbers along K (`halfstep.ops.prune_2_4`), and leaves the others' products out: chunks, blocks of a
+    unit and the steps of a sum count what is stored, as on a sparse matrix unit, and an infinity or NaN
+    that would meet a number left out is left out with it. The gradient of a pruned number is zero.
     ``backend`` is for tests: auto | reference | native | triton; see `halfstep.ops.explain`.
 
     Raises `UnknownNameError` for an unknown name, `FormatError` for an accumulator that cannot be,
@@ -123,20 +140,37 @@ def matmul(
         grad_accumulate=grad_accumulate,
         backend=backend,
     )
+    arithmetic = replace(arithmetic, sparse=Sparse.parse(sparse))
     left, right = arithmetic.operands
+    counts = _are_integers(a, b, arithmetic)
+    if (
+        counts
+        and initial is None
+        and arithmetic.is_plain
+        and takes_bytes(a, b, arithmetic.accumulator)
+    ):
+        return torch.ops.aten._int_mm(a, b)
+    a, b = carried(a, left), carried(b, right)
     for name, operand in (("a", a), ("b", b)):
         check_operand("matmul", name, operand, least=1)
     a_rounded, b_rounded = rounded(a, left), rounded(b, right)
     rows = a_rounded if a.dim() > 1 else a_rounded.unsqueeze(0)
     columns = b_rounded if b.dim() > 1 else b_rounded.unsqueeze(1)
     shape = _shape_of(rows, columns, a, b)
+    if arithmetic.sparse is Sparse.A:
+        rows = prune_2_4(rows, -1)
+    elif arithmetic.sparse is Sparse.B:
+        columns = prune_2_4(columns, -2)
     if initial is None:
         start = torch.zeros((), dtype=torch.float32, device=a.device)
     else:
+        initial = carried(initial, left)
         check_operand("matmul", "initial", initial, least=0)
         start = _inserted(initial, a.dim() == 1, b.dim() == 1)
         _check_broadcasts(start, shape, initial)
     out = product(rows, columns, start, arithmetic, generator)
+    if counts:
+        out = out.to(torch.int32)
     if a.dim() == 1:
         out = out.squeeze(-2)
     return out.squeeze(-1) if b.dim() == 1 else out
@@ -168,7 +202,8 @@ class _Product(Function):
         ctx.initial_shape, ctx.initial_dtype = initial.shape, initial.dtype
         ctx.arithmetic, ctx.key = arithmetic, key
         # rounded operands have at most 24 digits, and the exponents of a float32
-        out = multiply(
+        function = {Sparse.NONE: multiply, Sparse.A: _sparse_rows, Sparse.B: _sparse_columns}
+        out = function[arithmetic.sparse](
             a.to(torch.float32),
             b.to(torch.float32),
             arithmetic.accumulator,
@@ -228,7 +263,9 @@ def multiply(
     key: Key = NO_KEY,
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
-    """``a @ b + initial`` of operands that are rounded already, without a graph; float32.
+    """``a @ b + initial`` of operands that are rounded already, without a graph.
+
+    The result is float32, or float64 where float32 does not hold the accumulator's numbers.
 
     ``a`` (..., M, K) and ``b`` (..., K, N), float32, leading dimensions broadcast; ``initial``
     broadcasts to the result, +0 if not given. Checks are the caller's; see `halfstep.matmul`.
@@ -236,11 +273,70 @@ def multiply(
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a = a.detach().resolve_neg().expand(*batch, *a.shape[-2:])
     b = b.detach().resolve_neg().expand(*batch, *b.shape[-2:])
-    out = a.new_empty((*batch, a.shape[-2], b.shape[-1]))
+    shape = (*batch, a.shape[-2], b.shape[-1])
+    out = a.new_empty(shape, dtype=result_dtype(accumulator))
     start = out.new_zeros(()) if initial is None else initial.detach()
     choice = choose("matmul", a.device, backend, asked=accumulator, tensors=(a, b))
     choice.function(out, a, b, start.expand(out.shape), accumulator, key)
     return out
+
+
+def _sparse_rows(
+    a: Tensor,
+    b: Tensor,
+    accumulator: Accumulator,
+    *,
+    initial: Tensor,
+    key: Key,
+    backend: Backend,
+) -> Tensor:
+    """`multiply` of what is stored of a 2:4 sparse ``a``: each row by the rows of ``b`` that it meets."""
+    if accumulator.rounding is Rounding.STOCHASTIC:
+        raise OperandError("matmul: sparse with stochastic rounding; leave one of them away")
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    shape = (*batch, a.shape[-2], b.shape[-1])
+    a, b, start = (
+        x.detach().expand(*batch, *x.shape[-2:]).reshape(math.prod(batch), *x.shape[-2:])
+        for x in (a, b, initial.expand(shape))
+    )
+    stored, places = compressed(a)
+    out = b.new_empty(start.shape, dtype=result_dtype(accumulator))
+    count = max(1, _GATHERED // max(1, stored.shape[-1] * b.shape[-1]))
+    for matrix in range(out.shape[0]):
+        for first in range(0, out.shape[1], count):
+            rows = slice(first, first + count)
+            out[matrix, rows] = multiply(
+                stored[matrix, rows, None],
+                b[matrix][places[matrix, rows]],
+                accumulator,
+                initial=start[matrix, rows, None],
+                key=key,
+                backend=backend,
+            )[:, 0]
+    return out.view(shape)
+
+
+def _sparse_columns(
+    a: Tensor,
+    b: Tensor,
+    accumulator: Accumulator,
+    *,
+    initial: Tensor,
+    key: Key,
+    backend: Backend,
+) -> Tensor:
+    """`multiply` of what is stored of a 2:4 sparse ``b``; a product does not mind the order of the two."""
+    shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    turned = accumulator.replace(operands=accumulator.operands[::-1])
+    start = initial.expand(shape).mT
+    return _sparse_rows(b.mT, a.mT, turned, initial=start, key=key, backend=backend).mT
+
+
+def _are_integers(a: object, b: object, arithmetic: Arithmetic) -> bool:
+    """True if the result is made of integers as the operands are."""
+    adder = arithmetic.forward.adder
+    integers = all(isinstance(x, Tensor) and x.dtype in INTEGERS for x in (a, b))
+    return integers and not isinstance(adder, Unit) and is_integer(adder)
 
 
 def _shape_of(rows: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> torch.Size:

@@ -38,15 +38,13 @@ def matmul_into(
     ``out`` is contiguous; ``a`` and ``b`` may be broadcast.
     """
     out.copy_(initial)
-    unit = accumulator.adder
-    if not out.numel() or not isinstance(unit, Unit):
+    if not out.numel():
         return
-    (rows, columns), (left, right) = out.shape[-2:], unit.operands
+    rows, columns = out.shape[-2:]
     if columns < _FEW and rows > columns:
         # a product does not mind which operand is which: the longer side fills the vectors
         turned = out.mT.contiguous()
-        turned_by = accumulator.replace(adder=unit.of(right, left))
-        _accumulate(turned, b.mT, a.mT, turned_by)
+        _accumulate(turned, b.mT, a.mT, accumulator.replace(operands=accumulator.operands[::-1]))
         out.copy_(turned.mT)
     else:
         _accumulate(out, a, b, accumulator)
@@ -57,7 +55,8 @@ def _accumulate(out: Tensor, a: Tensor, b: Tensor, accumulator: Accumulator) -> 
     unit = accumulator.adder
     if not isinstance(unit, Unit):
         raise TypeError(unit)
-    path, (left, right) = unit.datapath, unit.operands
+    left, right = accumulator.operands
+    path = unit.datapath(left, right)
     a_starts, b_starts = starts(a), starts(b)
     native.core().unit_accumulate(
         a=a.data_ptr(),

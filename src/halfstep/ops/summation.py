@@ -64,8 +64,9 @@ def _sum_of_chunks(adder: _Adder, a: Tensor, b: Tensor, steps: range, start: Ten
 
 
 def _sum_of_products(adder: _Adder, a: Tensor, b: Tensor, steps: range, start: Tensor) -> Tensor:
-    if isinstance(adder.accumulator.adder, Unit):
-        return sum_of_blocks(adder.accumulator.adder, a, b, steps, start)
+    unit = adder.accumulator.adder
+    if isinstance(unit, Unit):
+        return sum_of_blocks(unit, adder.accumulator.operands, a, b, steps, start)
     if adder.accumulator.order is Order.PAIRWISE:
         return _tree(adder, a, b, steps, start)
     if adder.accumulator.compensated:

@@ -20,10 +20,12 @@ _C_DIGITS = 23  # fraction bits of the running sum, an fp32
 _C_LEAST = -126
 
 
-def sum_of_blocks(unit: Unit, a: Tensor, b: Tensor, steps: range, start: Tensor) -> Tensor:
+def sum_of_blocks(
+    unit: Unit, operands: tuple[Format, ...], a: Tensor, b: Tensor, steps: range, start: Tensor
+) -> Tensor:
     """``start`` (..., M, N) and the products of these steps, block after block; all float64."""
-    path = unit.datapath
-    left, right = unit.operands
+    path = unit.datapath(*operands)
+    left, right = operands
     total = start
     for first in range(steps.start, steps.stop, path.block):
         inside = range(first, min(first + path.block, steps.stop))

@@ -1,0 +1,140 @@
+"""Integer and fixed-point accumulators: library products against the step by step definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import halfstep
+from halfstep.errors import OperandError
+from halfstep.format import Accumulator, Format
+from halfstep.ops import Backend, choose, integer_sums
+
+SEED = 8
+INT8 = Format.parse("int8")
+
+
+def integers(*shape: int, low: int = -128, high: int = 128) -> Tensor:
+    generator = torch.Generator().manual_seed(SEED + sum(shape))
+    return torch.randint(low, high, shape, generator=generator)
+
+
+def chosen(operands: str, accumulate: str, steps: int) -> Backend:
+    format = Format.parse(operands)
+    accumulator = Accumulator.parse(accumulate).of(format, format)
+    x = torch.zeros(2, steps)
+    return choose("matmul", x.device, Backend.AUTO, asked=accumulator, tensors=(x, x.t())).backend
+
+
+def test_bytes_have_the_same_sums_by_every_product(monkeypatch: pytest.MonkeyPatch):
+    """Where torch has no fast product of bytes it has a slow one: the ways to it are the same."""
+    a, b = integers(5, 70).to(torch.int8), integers(70, 6).to(torch.int8)
+    right = a.long() @ b.long()
+    for fast in (False, True):
+        monkeypatch.setattr(integer_sums, "_has_fast_bytes", lambda fast=fast: fast)
+        assert integer_sums.takes_bytes(a, b, Accumulator.parse("int32").of(INT8, INT8)) is fast
+        assert torch.equal(halfstep.matmul(a, b, "int8", "int32"), right.int())
+        assert torch.equal(halfstep.matmul(a.float(), b.float(), "int8", "int32"), right.double())
+    assert not integer_sums.takes_bytes(a, b, Accumulator.parse("int16").of(INT8, INT8))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 37, 1024, 1025, 3000])
+def test_bytes_added_in_32_bits_are_exact(steps: int):
+    a, b = integers(3, steps), integers(steps, 4)
+    found = halfstep.matmul(a.float(), b.float(), "int8", "int32")
+    assert found.dtype is torch.float64
+    assert torch.equal(found, (a @ b).double())
+    assert chosen("int8", "int32", steps) is Backend.NATIVE
+
+
+def test_the_largest_sums():
+    """All -128: 2^14 a product; 2^24 + 2^14 is beyond what float32 adds one by one."""
+    a = torch.full((2, 1025), -128, dtype=torch.int8)
+    found = halfstep.matmul(a, a.t(), "int8", "int32")
+    assert found.dtype is torch.int32
+    assert (found == 1025 * 2**14).all()
+    assert (
+        found.tolist() == halfstep.matmul(a, a.t(), "int8", "int32", backend="reference").tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("operands", "accumulate", "scale"),
+    [
+        ("int8", "int24", 40.0),
+        ("int4", "int16/pairwise", 3.0),
+        ("int8", "int32/chunk16/split3", 40.0),
+        ("q4.4", "q16.8", 3.0),
+        ("q4.4", "q16.9/up", 3.0),
+        ("int12", "int32", 800.0),
+        ("ternary", "int8", 1.0),
+    ],
+)
+def test_equals_step_by_step(operands: str, accumulate: str, scale: float):
+    generator = torch.Generator().manual_seed(SEED)
+    a = torch.randn(2, 3, 50, generator=generator) * scale
+    b = torch.randn(50, 4, generator=generator) * scale
+    start = torch.randn(3, 1, generator=generator) * scale
+    assert chosen(operands, accumulate, 50) is Backend.NATIVE
+    found = halfstep.matmul(a, b, operands, accumulate, initial=start)
+    right = halfstep.matmul(a, b, operands, accumulate, initial=start, backend="reference")
+    assert found.dtype is right.dtype
+    assert torch.equal(found, right)
+    assert not (found.signbit() & (found == 0)).any()
+
+
+def test_narrow_sums_saturate_at_every_step():
+    a, b = (
+        torch.tensor([100, 100, -100], dtype=torch.int8),
+        torch.tensor([127, 127, 127], dtype=torch.int8),
+    )
+    assert chosen("int8", "int14", 3) is Backend.REFERENCE
+    found = halfstep.matmul(a, b, "int8", "int14")
+    assert found.item() == 8191 - 12700 + 0  # 12700 and 25400 stop at 2^13 - 1, then 12700 less
+    assert halfstep.matmul(a, b, "int8", "int16").item() == 12700
+
+
+def test_an_initial_value_near_the_end_saturates():
+    one = torch.ones(1, 1, dtype=torch.int8)
+    top = torch.tensor([[2**31 - 1]], dtype=torch.int32)
+    assert halfstep.matmul(one, one, "int8", "int32", initial=top).item() == 2**31 - 1
+    assert halfstep.matmul(one, one, "int8", "int32", initial=top - 1).item() == 2**31 - 1
+    assert halfstep.matmul(one, -one, "int8", "int32", initial=top).item() == 2**31 - 2
+
+
+def test_nan_is_not_counted_away():
+    a = torch.tensor([[1.0, float("nan")], [1.0, 2.0]])
+    found = halfstep.matmul(a, a.t(), "int8", "int32")
+    assert found.isnan().tolist() == [[True, True], [True, False]]
+    assert found[1, 1] == 5
+
+
+def test_a_lowered_matmul_precision_changes_nothing():
+    a, b = integers(4, 200).float(), integers(200, 4).float()
+    right = halfstep.matmul(a, b, "int8", "int32")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(halfstep.matmul(a, b, "int8", "int32"), right)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("operands", "accumulate", "dtype"),
+    [
+        ("int8", "int24", torch.float32),
+        ("int8", "int25", torch.float32),
+        ("int8", "int26", torch.float64),
+    ],
+)
+def test_the_result_holds_every_sum(operands: str, accumulate: str, dtype: torch.dtype):
+    assert halfstep.matmul(torch.ones(1, 1), torch.ones(1, 1), operands, accumulate).dtype is dtype
+
+
+def test_errors():
+    with pytest.raises(OperandError, match=r"operands=int32, whose numbers float32 does not hold"):
+        halfstep.matmul(torch.ones(1, 1), torch.ones(1, 1), "int32", "int32")
+    with pytest.raises(OperandError, match=r"matmul: a is torch.int8 of shape \(1, 1\)"):
+        halfstep.matmul(torch.ones(1, 1).char(), torch.ones(1, 1), "fp16", "int32")
