@@ -158,3 +158,20 @@ def test_a_grad_scaler_of_models_that_are_not_switched_is_torchs(launch):
     scaler.step(optimizer)
     scaler.update()
     assert launcher.summary().models == ()
+
+
+@pytest.mark.parametrize(
+    ("device", "enabled", "found"), [("cpu", False, False), ("cuda", True, True)]
+)
+@pytest.mark.filterwarnings(
+    "ignore:torch.cuda.amp.GradScaler is enabled, but CUDA is not available"
+)
+def test_a_grad_scaler_that_is_off(launch, device, enabled, found):
+    launcher = launch("fp16")
+    model, optimizer = made()
+    scaler = torch.amp.GradScaler(device, enabled=enabled)
+    scaler.scale(model(X).square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert launcher.summary().grad_scaler == found
+    assert launcher.summary().models[0].steps == 1

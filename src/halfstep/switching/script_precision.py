@@ -86,7 +86,8 @@ class ScriptPrecision:
 
         @functools.wraps(original)
         def scale(scaler: GradScaler, outputs: Any) -> Any:
-            self.grad_scaler = True
+            # Off, and made for CUDA: torch has switched it off where there is no GPU. Else it is not meant.
+            self.grad_scaler |= scaler._enabled or scaler._device == "cuda"
             if self._is_switched():
                 scaler._enabled = False
             return original(scaler, outputs)
