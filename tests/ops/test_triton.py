@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import halfstep
-from adversarial import adversarial, bits, same_numbers, sixteen_bit_patterns
+from adversarial import adversarial, bits, same_numbers, sixteen_bit_patterns, specials
 from halfstep.errors import OperandError
 from halfstep.format import Accumulator, Format, Rounding
-from halfstep.ops import Backend, choose, explain, triton_kernels
+from halfstep.ops import Backend, choose, count_nonfinite, explain, triton_kernels, unscale
+from halfstep.ops.blocks import round_blocks
 
 pytest.importorskip("triton")
 
@@ -186,6 +187,90 @@ def test_units_are_left_to_the_reference():
     assert triton_kernels.refuses_matmul(accumulator, [torch.ones(1, 1)]) == (
         "no Triton kernel adds as v100 does"
     )
+
+
+# Blocks
+
+
+def blocks(backend: str, x: Tensor, format: str, dim: int, rounding: str, **options) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return round_blocks(x, format, dim, rounding, generator=generator, backend=backend, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN])
+@pytest.mark.parametrize(
+    "format",
+    [
+        "mxfp8_e4m3",
+        "mxfp8_e5m2:even",
+        "mxfp6_e2m3:rceil",
+        "mxfp4",
+        "mxint8:ceil",
+        "q1.7@1x16:floor",
+    ],
+)
+def test_blocks_equal_reference(format: str, dtype: torch.dtype):
+    """Every kind of number, some blocks of tiny ones; along the last axis and not, cut at the end."""
+    generator = torch.Generator().manual_seed(4)
+    x = adversarial(Format.parse("e4m3fn"), dtype)
+    tiny = (torch.randn(2048, generator=generator) * 1e-38).to(dtype)
+    x = torch.cat([x[torch.randperm(len(x), generator=generator)[:2000]], tiny])[:4004].view(
+        4, 7, -1
+    )
+    for dim, rounding in ((-1, "nearest"), (1, "stochastic"), (0, "up")):
+        found = blocks("triton", x.to(DEVICE), format, dim, rounding).cpu()
+        right = blocks("reference", x, format, dim, rounding)
+        assert same_numbers(found, right).all(), (dim, rounding)
+
+
+def test_blocks_in_place_of_any_layout_and_of_other_kinds():
+    x = torch.randn(40, 50, generator=torch.Generator().manual_seed(6))
+    for format in ("mxfp4", "nvfp4", "e4m3fn@4x8", "mxint8"):
+        right = blocks("reference", x, format, -1, "nearest")
+        for view in (x.to(DEVICE, copy=True), x.to(DEVICE).t().contiguous().t()):
+            blocks("triton", view, format, -1, "nearest", out=view)
+            assert torch.equal(view.cpu(), right), format
+    empty = torch.empty(3, 0, device=DEVICE)
+    assert blocks("triton", empty, "mxfp4", -1, "nearest").shape == (3, 0)
+
+
+# Gradients
+
+
+def test_counts_equal_reference():
+    square = torch.full((40, 50), torch.nan)
+    tensors = [
+        *(sixteen_bit_patterns(dtype) for dtype in SIXTEEN),
+        specials(),
+        specials().double(),
+        torch.empty(0),
+        torch.full((70_001,), torch.inf)[1:],
+        square.t(),
+        square[::2],
+        torch.ones(3, dtype=torch.int64),
+    ]
+    found = count_nonfinite([t.to(DEVICE) for t in tensors], backend="triton")
+    assert found == [2048, 256, 12, 12, 0, 70_000, 2000, 1000, 0]
+    assert count_nonfinite([torch.empty(0, device=DEVICE)], backend="triton") == [0]
+
+
+@pytest.mark.parametrize("scale", [65536.0, 3.0])
+def test_unscaled_equals_reference(scale: float):
+    generator = torch.Generator().manual_seed(8)
+    tensors = [
+        torch.randn(8, 3, 5, 7, generator=generator).half().to(memory_format=torch.channels_last),
+        torch.randn(70_001, generator=generator).bfloat16()[1:],
+        *(x[x.isfinite()] for x in map(sixteen_bit_patterns, SIXTEEN)),
+        torch.randn(5, generator=generator),
+        torch.randn(6, 6, generator=generator).half()[::2],
+        torch.empty(0, 3).half(),
+    ]
+    found = unscale([t.to(DEVICE) for t in tensors], scale, backend="triton")
+    for wide, x in zip(found, tensors, strict=True):
+        assert torch.equal(bits(wide.cpu()), bits(x.float() / scale))
+        assert wide.is_contiguous(memory_format=torch.channels_last) is x.is_contiguous(
+            memory_format=torch.channels_last
+        )
 
 
 # Which back end

@@ -110,6 +110,25 @@ _MATMUL_ON_GPU, _MATMUL_INTERPRETED = _on_gpu(
     "formats up to 22 digits and fp32, sequential, in chunks; every rounding; CUDA",
 )
 
+_BLOCKS_ON_GPU, _BLOCKS_INTERPRETED = _on_gpu(
+    "round_blocks",
+    triton_kernels.round_blocks_into,
+    triton_kernels.refuses_blocks,
+    "1xC blocks with scales that are powers of two (MX), no float64; the rest it passes to the reference",
+)
+_COUNT_ON_GPU, _COUNT_INTERPRETED = _on_gpu(
+    "count_nonfinite",
+    triton_kernels.count_nonfinite,
+    triton_kernels.refuses_gradients,
+    "dense float32, float64, float16, bfloat16; the rest it passes to the reference",
+)
+_UNSCALE_ON_GPU, _UNSCALE_INTERPRETED = _on_gpu(
+    "unscale",
+    triton_kernels.unscale,
+    triton_kernels.refuses_gradients,
+    "dense float16 and bfloat16; the rest it passes to the reference",
+)
+
 # In order of preference.
 TABLE = (
     Row(
@@ -180,6 +199,7 @@ TABLE = (
         refuses=_refuses_nothing,
         covers="every block format and axis",
     ),
+    _BLOCKS_ON_GPU,
     Row(
         op="round_blocks",
         device="any",
@@ -188,6 +208,7 @@ TABLE = (
         refuses=_refuses_nothing,
         covers="every block format, axis and rounding",
     ),
+    _BLOCKS_INTERPRETED,
     Row(
         op="count_nonfinite",
         device="cpu",
@@ -196,6 +217,7 @@ TABLE = (
         refuses=native.refuses_count,
         covers="dense float32, float64, float16, bfloat16; the rest it passes to the reference",
     ),
+    _COUNT_ON_GPU,
     Row(
         op="count_nonfinite",
         device="any",
@@ -204,6 +226,7 @@ TABLE = (
         refuses=_refuses_nothing,
         covers="every dtype and layout",
     ),
+    _COUNT_INTERPRETED,
     Row(
         op="unscale",
         device="cpu",
@@ -212,6 +235,7 @@ TABLE = (
         refuses=native.refuses_count,
         covers="dense float16 and bfloat16; the rest it passes to the reference",
     ),
+    _UNSCALE_ON_GPU,
     Row(
         op="unscale",
         device="any",
@@ -220,6 +244,7 @@ TABLE = (
         refuses=_refuses_nothing,
         covers="every floating-point dtype",
     ),
+    _UNSCALE_INTERPRETED,
 )
 
 

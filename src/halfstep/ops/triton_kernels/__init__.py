@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -15,15 +16,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfstep.format import Accumulator, Format, Kind, Order, Rounding, Unit
-from halfstep.ops import reference
-from halfstep.ops.layout import in_memory_order, overlaps, refuses_memory, starts
+from halfstep.format import Accumulator, BlockFormat, Format, Kind, Order, Rounding, ScaleRule, Unit
+from halfstep.ops import block_reference, reference
+from halfstep.ops.layout import (
+    PLAIN,
+    in_memory_order,
+    is_dense,
+    overlaps,
+    refuses_memory,
+    starts,
+)
 from halfstep.ops.random_bits import Key
-from halfstep.ops.triton_kernels.grid import grid_of, sums_of
+from halfstep.ops.triton_kernels.grid import blocks_of, grid_of, sums_of
+from halfstep.ops.triton_kernels.tensor_table import PART, tabulate
 
-__all__ = ["matmul_into", "missing", "refuses_matmul", "refuses_round", "round_into"]
+__all__ = [
+    "count_nonfinite",
+    "matmul_into",
+    "missing",
+    "refuses_blocks",
+    "refuses_gradients",
+    "refuses_matmul",
+    "refuses_round",
+    "round_blocks_into",
+    "round_into",
+    "unscale",
+]
 
 _CARRIERS = (torch.float32, torch.float16, torch.bfloat16)
+# dtype -> the integer of its size, and the bits of infinity
+_WORDS = {
+    torch.float32: ("int32", 0x7F800000),
+    torch.float16: ("int16", 0x7C00),
+    torch.bfloat16: ("int16", 0x7F80),
+    torch.float64: ("int64", 0x7FF << 52),
+}
 _BLOCK = 2048  # elements of one program: 16 a thread, four loads of 16 bytes
 _TILE = (64, 64)  # sums of one program: 32 a thread
 _TILE_INTERPRETED = (16, 32)
@@ -65,7 +92,7 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
     rounded = target if direct else torch.empty_like(source, dtype=torch.float32)
     count = source.numel()
     if count:
-        block = _BLOCK_INTERPRETED if is_interpreted() else _BLOCK
+        block = _block(_BLOCK_INTERPRETED)
         with _launching(source.device):
             _kernels("rounding").round_kernel[(-(-count // block),)](
                 source,
@@ -143,6 +170,135 @@ def matmul_into(
             COLUMNS=columns,
         )
     torch.autograd.graph.increment_version(out)
+
+
+def refuses_blocks(element: Format | None, tensors: Sequence[Tensor]) -> str:
+    """Why the kernels cannot round these tensors to blocks of that format; empty if they can."""
+    return refuses_round(element, tensors)
+
+
+def round_blocks_into(
+    out: Tensor, x: Tensor, format: BlockFormat, dim: int, rounding: Rounding, key: Key
+) -> None:
+    """Writes ``x`` as the block format has it; see `halfstep.ops.round_blocks`.
+
+    Scales by amax, tiles, and extents that are no power of two go to the reference.
+    """
+    extent = format.columns
+    if (
+        format.rule is ScaleRule.AMAX
+        or format.rows != 1
+        or not 0 < extent <= _BLOCK
+        or extent & (extent - 1)
+    ):
+        block_reference.round_into(out, x, format, dim, rounding, key)
+        return
+    source = x.detach().resolve_neg().contiguous()
+    direct = out.is_contiguous() and not out.is_neg() and not overlaps(out, source)
+    rounded = out if direct else torch.empty_like(source)
+    if source.numel():
+        length, inner = source.shape[dim], math.prod(source.shape[dim + 1 :])
+        count = source.numel() // length * -(-length // extent)
+        at_once = max(_block(_BLOCK_INTERPRETED) // extent, 1)
+        with _launching(source.device):
+            _kernels("blocks").round_blocks_kernel[(-(-count // at_once),)](
+                source,
+                rounded,
+                count,
+                length,
+                inner,
+                *_signed(key),
+                to=blocks_of(format, rounding),
+                BLOCKS=at_once,
+                EXTENT=extent,
+            )
+    if direct:
+        torch.autograd.graph.increment_version(out)
+    else:
+        out.copy_(rounded)
+
+
+def refuses_gradients(format: object, tensors: Sequence[Tensor]) -> str:
+    """Why the kernels cannot take these gradients; empty if they can."""
+    return _refuses_device(tensors)
+
+
+def count_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
+    """How many elements of each tensor are infinite or NaN; see `halfstep.ops.count_nonfinite`.
+
+    One launch for each dtype, and one wait, for the answer.
+    """
+    answer = [0] * len(tensors)
+    found: list[Tensor] = []
+    order: list[int] = []
+    ours, others = _by_dtype(tensors, tuple(_WORDS))
+    for dtype, group in ours.items():
+        word, infinity = _WORDS[dtype]
+        table = tabulate([tensors[i] for i in group])
+        counts = torch.zeros(len(group), dtype=torch.int64, device=tensors[0].device)
+        if table.programs:
+            kernels = _kernels("gradients")
+            with _launching(counts.device):
+                kernels.count_kernel[(table.programs,)](
+                    *table.columns,
+                    counts,
+                    word=getattr(kernels.tl, word),
+                    infinity=infinity,
+                    aligned=table.aligned,
+                    PART=PART,
+                    BLOCK=_block(PART),
+                )
+        found.append(counts)
+        order += group
+    for index, count in zip(order, torch.cat(found).tolist() if found else [], strict=True):
+        answer[index] = count
+    rest = reference.count_nonfinite([tensors[i] for i in others]) if others else []
+    for index, count in zip(others, rest, strict=True):
+        answer[index] = count
+    return answer
+
+
+def unscale(tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """FP32 copies over ``scale``; see `halfstep.ops.unscale`. One launch for each dtype."""
+    ours, others = _by_dtype(tensors, (torch.float16, torch.bfloat16))
+    wide = {i: reference.unscale([tensors[i]], scale)[0] for i in others}
+    for dtype, group in ours.items():
+        wide |= {i: torch.empty_like(tensors[i], dtype=torch.float32) for i in group}
+        table = tabulate([tensors[i] for i in group], [wide[i] for i in group])
+        if table.programs:
+            kernels = _kernels("gradients")
+            with _launching(tensors[0].device):
+                kernels.unscale_kernel[(table.programs,)](
+                    *table.columns,
+                    scale,
+                    number=getattr(kernels.tl, str(dtype).removeprefix("torch.")),
+                    aligned=table.aligned,
+                    PART=PART,
+                    BLOCK=_block(PART),
+                )
+    return [wide[i] for i in range(len(tensors))]
+
+
+def _by_dtype(
+    tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> tuple[dict[torch.dtype, list[int]], list[int]]:
+    """The places of tensors that fill their memory, by dtype; and those of the others."""
+    ours: dict[torch.dtype, list[int]] = {}
+    others: list[int] = []
+    for index, tensor in enumerate(tensors):
+        takes = (
+            type(tensor) in PLAIN
+            and tensor.device == tensors[0].device
+            and tensor.dtype in dtypes
+            and (tensor.is_contiguous() or is_dense(tensor))
+            and not tensor.is_neg()
+        )
+        (ours.setdefault(tensor.dtype, []) if takes else others).append(index)
+    return ours, others
+
+
+def _block(size: int) -> int:
+    return size if is_interpreted() else _BLOCK
 
 
 def _refuses_device(tensors: Sequence[Tensor]) -> str:

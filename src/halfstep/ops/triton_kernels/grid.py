@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from functools import cache
 
-from halfstep.format import Accumulator, Format, Kind, Products, Rounding, overflow
+from halfstep.format import (
+    Accumulator,
+    BlockFormat,
+    Format,
+    Kind,
+    Products,
+    Rounding,
+    ScaleRule,
+    overflow,
+)
 
-__all__ = ["Grid", "Sums", "bits_of_float", "grid_of", "sums_of"]
+__all__ = ["Blocks", "Grid", "Sums", "bits_of_float", "blocks_of", "grid_of", "sums_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +90,42 @@ def grid_of(format: Format, rounding: Rounding) -> Grid:
         infinity_up=becomes(negative=False, finite=False),
         infinity_down=becomes(negative=True, finite=False),
         negative_zero=format.has_negative_zero,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """A block format, whose scales are powers of two, as constants."""
+
+    element: Grid
+    carrier: Grid
+    """bfloat16's, to which the result may have to be rounded."""
+    element_exponent: int
+    """Of the largest power of two that is an element."""
+    least_fraction_up: int
+    """From which fraction on, in units of 2^-23, the rule takes the next power of two."""
+    lowest: int
+    highest: int
+    """Exponents that a scale can have."""
+
+
+@cache
+def blocks_of(format: BlockFormat, rounding: Rounding) -> Blocks:
+    """The constants of a block format with another rule than amax."""
+    one = 2**23
+    up = {
+        ScaleRule.FLOOR: one,
+        ScaleRule.CEIL: 1,
+        ScaleRule.EVEN: one - one // 2 ** (format.digits + 1),
+        ScaleRule.RCEIL: int((2 * math.frexp(format.element.max)[0] - 1) * one) + 1,
+    }
+    return Blocks(
+        element=grid_of(format.element, rounding),
+        carrier=grid_of(Format.parse("bf16"), Rounding.NEAREST),
+        element_exponent=format.element.max_exponent,
+        least_fraction_up=up[format.rule],
+        lowest=format.scale.min_exponent,
+        highest=format.scale.max_exponent,
     )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import libdevice
 
 from halfstep.ops.random_bits import STRIDE
 from halfstep.ops.summation import CHUNK, PRODUCT, SLOT_BITS, SUM
@@ -126,15 +125,18 @@ def _fma(x, y, z, random, grid: tl.constexpr, IS_SUM: tl.constexpr):
     return from_bits(bits, tl.float32)
 
 
-# The FMA of float32, in three roundings. The interpreter has none that rounds once: there they are
-# made of float64's arithmetic.
+# The FMA of float32, in three roundings. CUDA's library, as Triton links it, flushes subnormal numbers
+# to zero (fma.rm.ftz): hence PTX. The interpreter has none that rounds once: there they are made of
+# float64's arithmetic.
 
 
 @triton.jit
 def _nearest(x, y, z):
     if INTERPRETED:
         return _to_odd(x, y, z).to(tl.float32)
-    return libdevice.fma_rn(x, y, z)
+    return tl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -146,7 +148,9 @@ def _up(x, y, z):
         next = tl.where(bits < 0, bits - 1, bits + 1)
         bits = tl.where(near.to(tl.float64) < exact, next, bits)
         return bits.to(tl.float32, bitcast=True)
-    return libdevice.fma_ru(x, y, z)
+    return tl.inline_asm_elementwise(
+        "fma.rp.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -160,7 +164,9 @@ def _down(x, y, z):
         signs_differ = (to_bits(x) ^ to_bits(y) ^ to_bits(z)) < 0
         bits = tl.where((exact == 0) & signs_differ, -0x80000000, bits)
         return bits.to(tl.float32, bitcast=True)
-    return libdevice.fma_rd(x, y, z)
+    return tl.inline_asm_elementwise(
+        "fma.rm.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
