@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint as checkpointing
 from torch import nn
 
-from halfstep.switching import policy
+from halfstep.recipe import OpClass, policies
 from twins import RECIPES, all_off, on
 
 pytestmark = pytest.mark.parametrize("recipe", RECIPES)
@@ -176,8 +176,9 @@ def test_others_results_are_bit_identical(recipe, autocast):
 def test_every_overridden_operation_is_in_the_list_above(recipe):
     """A class of operations that nothing here runs would be one that may change unseen."""
     sample = {"wide": "exp", "mixed": "batch_norm", "dots": "linear", "composite": "einsum"}
-    assert sample["wide"] in policy.WIDE
-    assert sample["mixed"] in policy.MIXED
-    assert sample["dots"] in policy.DOTS
-    assert sample["composite"] in policy.COMPOSITE_DOTS
+    amp = policies()["amp"]
+    assert amp.class_of(sample["wide"]) is OpClass.WIDE
+    assert amp.class_of(sample["mixed"]) is OpClass.MIXED
+    assert amp.class_of(sample["dots"]) is OpClass.DOT
+    assert amp.class_of(sample["composite"]) is OpClass.DOTS
     assert set(sample.values()) <= OPERATIONS.keys()
