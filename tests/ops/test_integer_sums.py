@@ -7,17 +7,34 @@ import torch
 from torch import Tensor
 
 import halfstep
+from adversarial import same_numbers
 from halfstep.errors import OperandError
 from halfstep.format import Accumulator, Format
-from halfstep.ops import Backend, choose, integer_sums
+from halfstep.ops import Backend, choose, integer_sums, native
 
 SEED = 8
+NATIVE_SETS = [] if native.MISSING else native.core().instruction_sets()
+BACKENDS = ["reference", *NATIVE_SETS]
 INT8 = Format.parse("int8")
 
 
 def integers(*shape: int, low: int = -128, high: int = 128) -> Tensor:
     generator = torch.Generator().manual_seed(SEED + sum(shape))
     return torch.randint(low, high, shape, generator=generator)
+
+
+def stepwise(
+    backend: str,
+    a: Tensor,
+    b: Tensor,
+    operands: str,
+    accumulate: str,
+    initial: Tensor | None = None,
+) -> Tensor:
+    if backend == "reference":
+        return halfstep.matmul(a, b, operands, accumulate, initial=initial, backend="reference")
+    with native.instruction_set(backend):
+        return halfstep.matmul(a, b, operands, accumulate, initial=initial, backend="native")
 
 
 def chosen(operands: str, accumulate: str, steps: int) -> Backend:
@@ -84,15 +101,47 @@ def test_equals_step_by_step(operands: str, accumulate: str, scale: float):
     assert not (found.signbit() & (found == 0)).any()
 
 
-def test_narrow_sums_saturate_at_every_step():
-    a, b = (
-        torch.tensor([100, 100, -100], dtype=torch.int8),
-        torch.tensor([127, 127, 127], dtype=torch.int8),
-    )
-    assert chosen("int8", "int14", 3) is Backend.REFERENCE
-    found = halfstep.matmul(a, b, "int8", "int14")
-    assert found.item() == 8191 - 12700 + 0  # 12700 and 25400 stop at 2^13 - 1, then 12700 less
-    assert halfstep.matmul(a, b, "int8", "int16").item() == 12700
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_narrow_sums_saturate_at_every_step(backend: str):
+    a = torch.tensor([100, 100, -100], dtype=torch.int8)
+    b = torch.tensor([127, 127, 127], dtype=torch.int8)
+    # 12700 and 25400 stop at 2^13 - 1; then 12700 less
+    assert stepwise(backend, a, b, "int8", "int14").item() == 8191 - 12700
+    assert stepwise(backend, a, b, "int8", "int16").item() == 12700
+
+
+@pytest.mark.skipif(not NATIVE_SETS, reason="needs the extension")
+@pytest.mark.parametrize(
+    ("operands", "accumulate", "scale"),
+    [
+        ("int8", "int15", 60.0),
+        ("int8", "int18/chunk10", 60.0),
+        ("int8", "int18/up", 60.0),
+        ("q4.4", "q6.9", 3.0),
+        ("int16", "int32", 20000.0),
+        ("int12", "int24/chunk7", 800.0),
+    ],
+)
+@pytest.mark.parametrize("shape", [(1, 90, 1), (35, 600, 3), (3, 45, 70)])
+def test_saturating_sums_natively(operands: str, accumulate: str, scale: float, shape: tuple):
+    m, k, n = shape
+    generator = torch.Generator().manual_seed(SEED)
+    # not of zero mean: sums reach an end, and some come back
+    a = (torch.randn(2, m, k, generator=generator) + 0.3) * scale
+    b = (torch.randn(k, n, generator=generator) + 0.3) * scale
+    a[0, 0, k // 2] = torch.nan
+    start = torch.randn(m, n, generator=generator) * scale
+    right = stepwise("reference", a, b, operands, accumulate, start)
+    exact = halfstep.round_to(a, operands).double() @ halfstep.round_to(b, operands).double()
+    assert m == 1 or ((exact + halfstep.round_to(start, "q16.9")) != right).any()  # some saturated
+    for backend in NATIVE_SETS:
+        found = stepwise(backend, a, b, operands, accumulate, start)
+        assert found.dtype is right.dtype
+        assert same_numbers(found, right).all(), backend
+        turned = stepwise(
+            backend, a.mT.contiguous().mT, b.mT.contiguous().mT, operands, accumulate, start
+        )
+        assert same_numbers(turned, right).all(), backend
 
 
 def test_an_initial_value_near_the_end_saturates():

@@ -5,6 +5,7 @@
 #include "dot_portable.hpp"
 #include "round.hpp"
 #include "widen.hpp"
+#include "fixed.hpp"
 #include "units.hpp"
 
 namespace halfstep {
@@ -17,6 +18,6 @@ const Kernels avx2_kernels = {
     dot_portable,
 };
 
-const UnitKernel avx2_unit = {"avx2", unit_task<Vectors32>};
+const UnitKernel avx2_unit = {"avx2", unit_task<Vectors32>, fixed_tasks};
 
 }  // namespace halfstep

@@ -5,6 +5,7 @@
 #include "dot_avx512.hpp"
 #include "round.hpp"
 #include "widen.hpp"
+#include "fixed.hpp"
 #include "units.hpp"
 
 namespace halfstep {
@@ -17,6 +18,6 @@ const Kernels avx512_kernels = {
     dot_avx512,
 };
 
-const UnitKernel avx512_unit = {"avx512", unit_task<Vectors64>};
+const UnitKernel avx512_unit = {"avx512", unit_task<Vectors64>, fixed_tasks};
 
 }  // namespace halfstep

@@ -4,6 +4,7 @@
 #include "dot_portable.hpp"
 #include "round.hpp"
 #include "widen.hpp"
+#include "fixed.hpp"
 #include "units.hpp"
 
 namespace halfstep {
@@ -16,6 +17,6 @@ const Kernels portable_kernels = {
     dot_portable,
 };
 
-const UnitKernel portable_unit = {"portable", unit_task<Vectors16>};
+const UnitKernel portable_unit = {"portable", unit_task<Vectors16>, fixed_tasks};
 
 }  // namespace halfstep

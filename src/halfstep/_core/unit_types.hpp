@@ -1,4 +1,4 @@
-// What the kernels of matrix units are told: plain data.
+// What the kernels of matrix units and integer accumulators are told: plain data.
 #pragma once
 
 #include <cstddef>
@@ -43,9 +43,31 @@ struct UnitScratch {
   alignas(64) float sums[unit_rows * unit_columns];
 };
 
+// out[rows, columns] += a[rows, depth] @ b[depth, columns] of integers, kept in [lowest, highest] after
+// every step; with chunks, each of so many products begins at zero. Strides as in UnitTask.
+struct FixedTask {
+  const float* a;
+  std::ptrdiff_t a_row, a_column;
+  const float* b;
+  std::ptrdiff_t b_row, b_column;
+  double* out;
+  std::size_t out_row;
+  std::size_t rows, columns, depth;
+  std::size_t chunk;  // at most unit_depth; 0: all in one
+  double lowest, highest;
+  bool single;  // float holds every sum before it is kept in there
+};
+
+union FixedScratch {
+  alignas(64) float single[unit_depth * unit_columns];
+  alignas(64) double wide[unit_depth * unit_columns];
+};
+
+// One for each instruction set.
 struct UnitKernel {
   const char* name;  // of the instruction set, as in Kernels
   void (*run)(const UnitTask& task, UnitScratch& scratch);
+  void (*run_fixed)(const FixedTask& task, FixedScratch& scratch);
 };
 
 extern const UnitKernel portable_unit;

@@ -176,6 +176,14 @@ TABLE = (
     ),
     Row(
         op="matmul",
+        device="cpu",
+        backend=Backend.NATIVE,
+        function=native_units.fixed_into,
+        refuses=native_units.refuses_fixed,
+        covers="intN and qI.F operands, a saturating accumulator of them step by step; in vectors",
+    ),
+    Row(
+        op="matmul",
         device="any",
         backend=Backend.REFERENCE,
         function=summation.matmul_into,
