@@ -261,6 +261,7 @@ def test_lazy_parameters_are_looked_at_again(launch):
     train(model, optimizer)
     assert model[1].dtypes == [torch.float32, torch.float16]
     assert names(launcher) == ["Sequential"]
+    assert launcher.summary().left == ()
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,13 @@ def test_the_recipe_decides_inside_the_model(launch, recipe, low, inner):
     assert "torch.autocast: inside the models the recipe decides" in str(launcher.summary())
 
 
+def test_an_autocast_inside_the_model_takes_the_recipes_dtype(launch):
+    launch("bf16")
+    model, _ = made(torch.autocast("cpu", dtype=torch.float16))
+    model(X)
+    assert model.dtypes == [torch.bfloat16] * 2
+
+
 def test_an_fp32_island_stays_one(launch):
     launch("fp16")
     model, optimizer = made(torch.autocast("cpu", enabled=False))
@@ -113,6 +120,16 @@ def test_recomputation_is_in_the_recipe_and_is_no_autocast_of_the_scripts(launch
     model(X).square().mean().backward()
     assert model.dtypes == [torch.float16] * 3  # recomputed as far as backward needs it
     assert not launcher.summary().autocast
+
+
+def test_a_backward_within_a_backward_is_not_counted(launch):
+    class Checkpointed(Net):
+        def forward(self, x):
+            return checkpoint(super().forward, self.first(x), use_reentrant=True)
+
+    launcher = launch("bf16")
+    Checkpointed()(X).square().mean().backward()
+    assert launcher.summary().backwards == 1
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "bf16", "fp32"])
