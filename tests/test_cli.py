@@ -21,10 +21,19 @@ from halfstep.cli import demo as cli_demo
 from halfstep.format import formats
 from halfstep.recipe import policies, recipes
 from halfstep.study import demo
+from halfstep.study.benchmarks import arithmetic
 from halfstep.study.benchmarks import switch as switch_benchmark
+from halfstep.study.benchmarks.groups import Group
 from halfstep.study.benchmarks.harness import Clock, Ratio, Row, Sense, Target
 
-COMMANDS = [["demo"], ["run"], ["formats"], ["recipes"], ["bench", "switch"], ["bench", "rounding"]]
+COMMANDS = [
+    ["demo"],
+    ["run"],
+    ["formats"],
+    ["recipes"],
+    ["bench", "switch"],
+    ["bench", "arithmetic"],
+]
 
 
 @pytest.fixture
@@ -126,6 +135,7 @@ def test_one_recipe_and_a_variant(run):
         (["formats", "e9m9"], "halfstep: "),
         (["formatz"], "No such command 'formatz'"),
         (["bench", "switch", "--rounds", "0"], "Invalid value for '--rounds'"),
+        (["bench", "arithmetic", "--only", "all"], "Invalid value for '--only'"),
     ],
 )
 def test_misuse_is_status_2_and_says_what(run, arguments: list[str], message: str):
@@ -163,7 +173,8 @@ def test_bench_json_and_record(run, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("spelled", "meant"), [(bench.ClockName, Clock), (cli_demo.TaskName, demo.TaskChoice)]
+    ("spelled", "meant"),
+    [(bench.ClockName, Clock), (cli_demo.TaskName, demo.TaskChoice)],
 )
 def test_choices_spelled_out_are_the_enumerations(spelled: object, meant: type[Enum]):
     assert list(get_args(get_args(spelled)[0])) == [member.value for member in meant]
@@ -214,3 +225,18 @@ def test_installed_command():
     program = Path(sys.executable).parent / "halfstep"
     result = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
     assert result.stdout == f"halfstep {halfstep.__version__}\n"
+
+
+def test_bench_arithmetic_measures_the_parts_asked_for(run, monkeypatch: pytest.MonkeyPatch):
+    given: dict[str, object] = {}
+
+    def rows(**options: object):
+        given.update(options)
+        return iter([row(0.9)])
+
+    monkeypatch.setattr(arithmetic, "rows", rows)
+    run("bench", "arithmetic", "--only", "matmul", "--only", "memory", "--rounds", "3")
+    assert given["only"] == [Group.MATMUL, Group.MEMORY]
+    assert (given["rounds"], given["clock"]) == (3, Clock.WALL)
+    run("bench", "arithmetic")
+    assert given["only"] == list(Group)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from halfstep.cli.printing import AsJson, make_console, print_json
 from halfstep.cli.statuses import NO
+from halfstep.study.benchmarks.groups import Group
 
 if TYPE_CHECKING:
     from halfstep.study.benchmarks.harness import Machine, Row
@@ -33,6 +34,9 @@ Device = Annotated[str, typer.Option(help="cpu, or a CUDA device such as cuda:0.
 ClockName = Annotated[
     Literal["wall", "cpu"],
     typer.Option(help="wall, or CPU time on one thread for a machine that others keep busy."),
+]
+OnlyGroups = Annotated[
+    list[Group] | None, typer.Option(help="This part of the table; may be given again.")
 ]
 
 
@@ -61,28 +65,33 @@ def bench_switch(
     _print_table("switch", measured, this_machine(device, Clock(clock)), save, as_json)
 
 
-@group.command("rounding")
-def bench_rounding(
-    rounds: Rounds = 30, clock: ClockName = "wall", save: SaveTo = None, as_json: AsJson = False
+@group.command("arithmetic")
+def bench_arithmetic(
+    rounds: Rounds = 15,
+    only: OnlyGroups = None,
+    clock: ClockName = "wall",
+    save: SaveTo = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Throughput of round_to against copy_ of the same tensors.
+    """Rounding against copy_, products in chosen accumulators against torch.mm, memory.
 
-    Leaves with status 1 if a target is missed.
+    Peers that are installed (pip install 'halfstep[peers]') have rows of their own. Leaves with
+    status 1 if a target is missed.
 
-    Example: halfstep bench rounding --json
+    Example: halfstep bench arithmetic --only matmul --rounds 5
     """
     import torch
 
+    from halfstep.study.benchmarks.arithmetic import rows
     from halfstep.study.benchmarks.harness import Clock, this_machine
-    from halfstep.study.benchmarks.rounding import rows
 
     if clock == "cpu":
         torch.set_num_threads(1)  # threads that wait for each other would count as work
-    measured = rows(rounds=rounds, clock=Clock(clock))
-    _print_table("rounding", measured, this_machine("cpu", Clock(clock)), save, as_json)
+    measured = rows(only=only or list(Group), rounds=rounds, clock=Clock(clock))
+    _print_table("arithmetic", measured, this_machine("cpu", Clock(clock)), save, as_json)
 
 
-_BENCH_WIDTHS = (40, 30, 7, 13, 8, 3)
+_BENCH_WIDTHS = (54, 40, 7, 13, 8, 3)
 
 
 def _print_table(

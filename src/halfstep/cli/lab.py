@@ -37,6 +37,40 @@ Folder = Annotated[
 ]
 
 
+@group.command("swamping")
+def show_swamping(seed: Seed = 0, output: Output = None, as_json: AsJson = False) -> None:
+    """Sums of 65,536 numbers of mean 1: what each accumulator keeps of them.
+
+    In fp32, fp16, e6m9 and bf16; and in e6m9 stochastically, in chunks of 64, pairwise, with
+    Kahan's correction. Leaves with status 1 if a published finding was not reproduced.
+
+    Example: halfstep lab swamping --output swamping.html
+    """
+    _perform(["swamping"], seed, output, as_json)
+
+
+@group.command("dot-length")
+def show_dot_length(seed: Seed = 0, output: Output = None, as_json: AsJson = False) -> None:
+    """Dot products of 16 to 65,536 terms: how the error grows, by accumulator and order.
+
+    Leaves with status 1 if an error exceeds its bound or grows by another law than published.
+
+    Example: halfstep lab dot-length --output dot-length.html
+    """
+    _perform(["dot-length"], seed, output, as_json)
+
+
+@group.command("promotion")
+def show_promotion(seed: Seed = 0, output: Output = None, as_json: AsJson = False) -> None:
+    """FP8 products summed in the 14 bits of an H100, with and without promotion to FP32.
+
+    Leaves with status 1 if a published finding was not reproduced.
+
+    Example: halfstep lab promotion --output promotion.html
+    """
+    _perform(["promotion"], seed, output, as_json)
+
+
 @group.command("updates")
 def show_updates(seed: Seed = 0, output: Output = None, as_json: AsJson = False) -> None:
     """Weights that receive small updates: how much of an update arrives.
