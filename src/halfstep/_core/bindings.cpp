@@ -17,6 +17,8 @@
 namespace nb = nanobind;
 using namespace halfstep;
 
+void bind_blocks(nb::module_& m);
+
 namespace {
 
 // Elements that a thread takes at a time, and the bytes from which an output that is not in a
@@ -157,6 +159,7 @@ NB_MODULE(_core, m) {
         nb::arg("threads"), released);
 
   bind_units(m);
+  bind_blocks(m);
 
   m.def("instruction_sets", &instruction_sets, "Those that this processor has, best first.");
   m.def("instruction_set", [] { return std::string(kernels_in_use().load()->name); },

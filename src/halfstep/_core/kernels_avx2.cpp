@@ -1,6 +1,7 @@
 // The kernels in this instruction set; CMakeLists.txt gives this file its flags.
 #include "lanes_avx2.hpp"
 #include "lanes_portable.hpp"
+#include "blocks.hpp"
 #include "count.hpp"
 #include "dot_portable.hpp"
 #include "round.hpp"
@@ -15,6 +16,9 @@ const Kernels avx2_kernels = {
     round_arrays<Avx2Lanes>,
     count_nonfinite,
     widen,
+    quantize_blocks<Avx2Lanes>,
+    dequantize_blocks<Avx2Lanes>,
+    top_magnitude<Avx2Lanes>,
     dot_portable,
 };
 

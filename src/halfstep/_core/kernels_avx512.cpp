@@ -1,6 +1,7 @@
 // The kernels in this instruction set; CMakeLists.txt gives this file its flags.
 #include "lanes_avx512.hpp"
 #include "lanes_portable.hpp"
+#include "blocks.hpp"
 #include "count.hpp"
 #include "dot_avx512.hpp"
 #include "round.hpp"
@@ -15,6 +16,9 @@ const Kernels avx512_kernels = {
     round_arrays<Avx512Lanes>,
     count_nonfinite,
     widen,
+    quantize_blocks<Avx512Lanes>,
+    dequantize_blocks<Avx512Lanes>,
+    top_magnitude<Avx512Lanes>,
     dot_avx512,
 };
 

@@ -1,5 +1,6 @@
 // The kernels in this instruction set; CMakeLists.txt gives this file its flags.
 #include "lanes_portable.hpp"
+#include "blocks.hpp"
 #include "count.hpp"
 #include "dot_portable.hpp"
 #include "round.hpp"
@@ -14,6 +15,9 @@ const Kernels portable_kernels = {
     round_arrays<Portable32>,
     count_nonfinite,
     widen,
+    quantize_blocks<Portable32>,
+    dequantize_blocks<Portable32>,
+    top_magnitude<Portable32>,
     dot_portable,
 };
 

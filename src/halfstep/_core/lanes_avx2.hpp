@@ -57,6 +57,26 @@ struct Avx2Lanes {
     return _mm256_round_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
   }
 
+  static Bits shift_left(Bits a, int n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+  static Bits max_words(Bits a, Bits b) { return _mm256_max_epu32(a, b); }
+  static std::uint32_t top_word(Bits a) {
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4E));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xB1));
+    return std::uint32_t(_mm_cvtsi128_si32(m));
+  }
+  static Float least(Float a, Float b) { return _mm256_min_ps(a, b); }
+  static Float most(Float a, Float b) { return _mm256_max_ps(a, b); }
+  static Float over(Float a, Float b) { return _mm256_div_ps(a, b); }
+  static Bits load_bytes(const std::uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store_bytes(std::uint8_t* p, Bits a) {
+    const __m128i halves =
+        _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+  }
+
   static Random counter(std::uint32_t index) {
     return _mm256_add_epi32(set(index), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }

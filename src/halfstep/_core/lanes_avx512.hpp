@@ -49,6 +49,19 @@ struct Avx512Lanes {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
   }
 
+  static Bits shift_left(Bits a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+  static Bits max_words(Bits a, Bits b) { return _mm512_max_epu32(a, b); }
+  static std::uint32_t top_word(Bits a) { return _mm512_reduce_max_epu32(a); }
+  static Float least(Float a, Float b) { return _mm512_min_ps(a, b); }
+  static Float most(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static Float over(Float a, Float b) { return _mm512_div_ps(a, b); }
+  static Bits load_bytes(const std::uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store_bytes(std::uint8_t* p, Bits a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+  }
+
   static Random counter(std::uint32_t index) {
     const __m512i steps =
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

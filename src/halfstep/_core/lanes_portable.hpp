@@ -57,6 +57,15 @@ struct PortableLanes {
   static Float select(Mask m, Float yes, Float no) { return m ? yes : no; }
   static Float truncate(Float a) { return Number(std::int64_t(a)); }  // of 0 <= a < 2^52
 
+  static Bits shift_left(Bits a, int n) { return a << n; }
+  static Bits max_words(Bits a, Bits b) { return a < b ? b : a; }
+  static Word top_word(Bits a) { return a; }  // the largest of all lanes
+  static Float least(Float a, Float b) { return a < b ? a : b; }
+  static Float most(Float a, Float b) { return a > b ? a : b; }
+  static Float over(Float a, Float b) { return a / b; }
+  static Bits load_bytes(const std::uint8_t* p) { return *p; }  // one for each lane
+  static void store_bytes(std::uint8_t* p, Bits a) { *p = std::uint8_t(a); }  // of words below 256
+
   // Random bits of the lanes that follow element `index`
   static Random counter(std::uint32_t index) { return index; }
   static Random xor_(Random a, Random b) { return a ^ b; }

@@ -58,6 +58,44 @@ struct RoundArrays {
   Carrier out_carrier;
 };
 
+// How a block's scale is found and its elements are coded; the names are halfstep.format.BlockFormat's.
+struct BlockPlan {
+  Grid element;
+  int element_bits;
+  int element_bias;       // of a float's exponent
+  bool element_is_fixed;  // point: coded in two's complement
+  bool element_has_inf;
+  std::uint32_t max_magnitude_code;  // of a float; codes above are infinity or NaN
+  bool by_amax;                      // the scale is amax / largest, not a power of two
+  int exponent;                      // of the largest power of two that is an element
+  std::uint32_t carry_from;  // float32 mantissa field of amax from which the scale is twice as large
+  float largest;             // element
+  float least_scale, most_scale;
+  Grid scale;
+  bool scale_is_byte;  // e8m0 or e4m3fn; else float32
+  float tensor_scale;
+  float given_scale;  // where it is not 0: the scale of all, and none is stored
+  Grid carrier;       // of a 16-bit result
+};
+
+// Where blocks are. A last axis (down 0): a matrix of rows x columns for each of `outer`, blocks of
+// block_rows x block_columns. Else blocks of block_columns lie along an axis of `columns`, beyond
+// each step of which are `down` elements.
+struct BlockLayout {
+  std::size_t outer, rows, columns, down;
+  std::size_t block_rows, block_columns;
+};
+
+struct BlockArrays {
+  const void* numbers;  // to quantise
+  Carrier carrier;      // of numbers, or of out where there are none
+  void* out;            // null: only store
+  std::uint8_t* values;
+  void* scales;
+  const float* scale_table;  // what the codes of scales mean
+  bool stream;               // write out past the caches
+};
+
 // One kernel set for each instruction set; elements [begin, end) of the arrays are done. Element
 // i of a stochastic rounding uses random bits i. `stream`: write past the caches.
 struct Kernels {
@@ -66,6 +104,12 @@ struct Kernels {
                    Rounding rounding, Key key, bool stream);
   std::size_t (*count_nonfinite)(const void* x, std::size_t n, Carrier carrier);
   void (*widen)(const void* x, float* out, std::size_t n, Carrier carrier, float scale);
+  void (*quantize_blocks)(const BlockPlan& plan, const BlockLayout& layout,
+                          const BlockArrays& arrays, std::size_t begin, std::size_t end,
+                          Rounding rounding, Key key);
+  void (*dequantize_blocks)(const BlockPlan& plan, const BlockLayout& layout,
+                            const BlockArrays& arrays, std::size_t begin, std::size_t end);
+  std::uint32_t (*top_magnitude)(const void* x, std::size_t n, Carrier carrier);
   void (*dot_accumulate)(const DotBlock& block, const Grid& grid, float* panel);
 };
 

@@ -17,7 +17,19 @@ from halfstep.ops import reference
 from halfstep.ops.bit_packing import codes_of, pack, stored_as, unpack, values_of
 from halfstep.ops.random_bits import Key
 
-__all__ = ["Parts", "dequantize_into", "quantize", "round_into", "scales_shape", "working_type"]
+__all__ = [
+    "Parts",
+    "amax_of",
+    "dequantize_into",
+    "load_scales",
+    "quantize",
+    "round_into",
+    "scales_of",
+    "scales_shape",
+    "store_scales",
+    "tensor_scale_of",
+    "working_type",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +60,7 @@ def quantize(x: Tensor, format: BlockFormat, dim: int, rounding: Rounding, key: 
     elements = torch.where(_spread(scales.isnan(), x.shape, format, dim), 0, elements)
     return Parts(
         values=_store(elements, format.element, dim),
-        scales=_store(scales, format.scale, dim),
+        scales=store_scales(scales, format),
         tensor_scale=tensor_scale,
     )
 
@@ -57,8 +69,8 @@ def dequantize_into(out: Tensor, parts: Parts, format: BlockFormat, dim: int) ->
     """Writes the numbers that the stored form means; see `halfstep.ops.BlockTensor.dequantize`."""
     working = working_type(out.dtype)
     elements = _load(parts.values, format.element, out.shape[dim], dim).to(working)
-    scales = _load(parts.scales, format.scale, 0, dim).to(torch.float32)
-    out.copy_(_scaled(elements, scales, parts.tensor_scale, format, dim))
+    scales = load_scales(parts.scales, format)
+    _write(out, _scaled(elements, scales, parts.tensor_scale, format, dim))
 
 
 def round_into(
@@ -66,7 +78,7 @@ def round_into(
 ) -> None:
     """Writes ``x`` as the block format has it; see `halfstep.ops.round_blocks`."""
     elements, scales, tensor_scale = _elements(x, format, dim, rounding, key)
-    out.copy_(_scaled(elements, scales, tensor_scale, format, dim))
+    _write(out, _scaled(elements, scales, tensor_scale, format, dim))
 
 
 def _elements(
@@ -74,16 +86,16 @@ def _elements(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Elements in the working type, scales and tensor scale in float32; a bad block's scale is NaN."""
     x = x.detach().to(working_type(x.dtype))
-    amax = _amax(x, format, dim)
-    tensor_scale = _tensor_scale(amax, format)
-    scales = _scales(amax, tensor_scale, format)
+    amax = amax_of(x, format, dim)
+    tensor_scale = tensor_scale_of(amax, format)
+    scales = scales_of(amax, tensor_scale, format)
     quotient = x / _spread(scales * tensor_scale, x.shape, format, dim).to(x.dtype)
     elements = torch.empty_like(quotient)
     reference.round_into(elements, quotient, format.element, rounding, key)
     return elements, scales, tensor_scale
 
 
-def _amax(x: Tensor, format: BlockFormat, dim: int) -> Tensor:
+def amax_of(x: Tensor, format: BlockFormat, dim: int) -> Tensor:
     """The largest magnitude of each block; NaN where there is one."""
     amax = x.abs()
     for axis, extent in format.extents(x.dim(), dim):
@@ -98,7 +110,7 @@ def _amax(x: Tensor, format: BlockFormat, dim: int) -> Tensor:
     return amax
 
 
-def _tensor_scale(amax: Tensor, format: BlockFormat) -> Tensor:
+def tensor_scale_of(amax: Tensor, format: BlockFormat) -> Tensor:
     """float32 of shape (): what all scales are multiples of; 1 where the format has none.
 
     Of the finite blocks: what is not finite spoils its own block only.
@@ -115,7 +127,7 @@ def _to_float32(number: Tensor) -> Tensor:
     return number.clamp(limits.smallest_normal, limits.max).to(torch.float32)
 
 
-def _scales(amax: Tensor, tensor_scale: Tensor, format: BlockFormat) -> Tensor:
+def scales_of(amax: Tensor, tensor_scale: Tensor, format: BlockFormat) -> Tensor:
     """float32 scales of blocks with these amax."""
     if format.rule is ScaleRule.AMAX:
         quotient = amax / format.element.max / tensor_scale.to(amax.dtype)
@@ -155,6 +167,22 @@ def _scaled(
 ) -> Tensor:
     total = _spread(scales * tensor_scale, elements.shape, format, dim)
     return (elements * total.to(elements.dtype)).masked_fill(total.isnan(), math.nan)
+
+
+def _write(out: Tensor, numbers: Tensor) -> None:
+    out.copy_(numbers)
+    if out.dtype is not numbers.dtype:  # casts to 16 bits make various NaNs of one
+        out.masked_fill_(numbers.isnan(), math.nan)
+
+
+def store_scales(scales: Tensor, format: BlockFormat) -> Tensor:
+    """float32 scales in the dtype that they are stored in; NaN is one of its codes."""
+    return _store(scales, format.scale, 0)
+
+
+def load_scales(scales: Tensor, format: BlockFormat) -> Tensor:
+    """float32 scales of stored ones."""
+    return _load(scales, format.scale, 0, 0).to(torch.float32)
 
 
 def _store(numbers: Tensor, format: Format, dim: int) -> Tensor:

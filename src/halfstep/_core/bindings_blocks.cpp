@@ -1,0 +1,132 @@
+// Block formats: the Python edge. Arguments are checked in halfstep/ops/native_blocks.py.
+#include <nanobind/nanobind.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "cpu.hpp"
+#include "parallel.hpp"
+#include "types.hpp"
+
+namespace nb = nanobind;
+using namespace halfstep;
+
+namespace {
+
+constexpr std::size_t grain = std::size_t(1) << 16;  // elements that a thread takes at a time
+constexpr std::size_t stream_from = std::size_t(1) << 22;  // bytes; see bindings.cpp
+
+std::size_t ceil_of(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
+
+// How many turns there are, and elements in one; as in blocks.hpp.
+struct Turns {
+  std::size_t count, elements;
+
+  explicit Turns(const BlockLayout& it) {
+    const std::size_t along = ceil_of(it.columns, it.block_columns);
+    if (it.down) {
+      count = it.outer * along * ceil_of(it.down, 512);
+      elements = it.block_columns * std::min<std::size_t>(it.down, 512);
+    } else {
+      const std::size_t together = std::max<std::size_t>(1, 2048 / it.block_columns);
+      count = it.outer * ceil_of(it.rows, it.block_rows) * ceil_of(along, together);
+      elements = it.block_rows * std::min(together * it.block_columns, it.columns);
+    }
+  }
+
+  std::size_t a_grain() const { return std::max<std::size_t>(1, grain / elements); }
+};
+
+void quantize(const BlockPlan& plan, const BlockLayout& layout, std::uintptr_t x, int carrier,
+              std::uintptr_t out, std::uintptr_t values, std::uintptr_t scales, std::size_t n,
+              int rounding, std::uint32_t key_low, std::uint32_t key_high, int threads) {
+  const BlockArrays arrays{reinterpret_cast<const void*>(x),
+                           Carrier(carrier),
+                           reinterpret_cast<void*>(out),
+                           reinterpret_cast<std::uint8_t*>(values),
+                           reinterpret_cast<void*>(scales),
+                           nullptr,
+                           out != 0 && out != x && n * 4 >= stream_from};
+  const Kernels* kernels = kernels_in_use();
+  const Turns turns(layout);
+  parallel_for(turns.count, turns.a_grain(), threads, [&](std::size_t begin, std::size_t end) {
+    kernels->quantize_blocks(plan, layout, arrays, begin, end, Rounding(rounding),
+                             Key{key_low, key_high});
+  });
+}
+
+void dequantize(const BlockPlan& plan, const BlockLayout& layout, std::uintptr_t out, int carrier,
+                std::uintptr_t values, std::uintptr_t scales, std::uintptr_t scale_table,
+                std::size_t n, int threads) {
+  const BlockArrays arrays{nullptr,
+                           Carrier(carrier),
+                           reinterpret_cast<void*>(out),
+                           reinterpret_cast<std::uint8_t*>(values),
+                           reinterpret_cast<void*>(scales),
+                           reinterpret_cast<const float*>(scale_table),
+                           n * 4 >= stream_from};
+  const Kernels* kernels = kernels_in_use();
+  const Turns turns(layout);
+  parallel_for(turns.count, turns.a_grain(), threads, [&](std::size_t begin, std::size_t end) {
+    kernels->dequantize_blocks(plan, layout, arrays, begin, end);
+  });
+}
+
+// The bits, as those of a float32, of the largest magnitude; those of a NaN are the largest.
+std::uint32_t top_magnitude(std::uintptr_t x, std::size_t n, int carrier, int threads) {
+  const Kernels* kernels = kernels_in_use();
+  std::atomic<std::uint32_t> top{0};
+  parallel_for(n, grain, threads, [&](std::size_t begin, std::size_t end) {
+    const auto* from = reinterpret_cast<const void*>(x + begin * bytes_of(Carrier(carrier)));
+    const std::uint32_t found = kernels->top_magnitude(from, end - begin, Carrier(carrier));
+    std::uint32_t before = top.load();
+    while (before < found && !top.compare_exchange_weak(before, found)) {
+    }
+  });
+  return top.load();
+}
+
+}  // namespace
+
+void bind_blocks(nb::module_& m) {
+  nb::class_<BlockPlan>(m, "BlockPlan", "A block format; see types.hpp.")
+      .def(
+          "__init__",
+          [](BlockPlan* self, const Grid& element, int element_bits, int element_bias,
+             bool element_is_fixed, bool element_has_inf, std::uint32_t max_magnitude_code,
+             bool by_amax, int exponent, std::uint32_t carry_from, float largest,
+             float least_scale, float most_scale, const Grid& scale, bool scale_is_byte,
+             float tensor_scale, float given_scale, const Grid& carrier) {
+            new (self) BlockPlan{element,         element_bits, element_bias, element_is_fixed,
+                                 element_has_inf, max_magnitude_code, by_amax, exponent,
+                                 carry_from,      largest,      least_scale,  most_scale,
+                                 scale,           scale_is_byte, tensor_scale, given_scale,
+                                 carrier};
+          },
+          nb::kw_only(), nb::arg("element"), nb::arg("element_bits"), nb::arg("element_bias"),
+          nb::arg("element_is_fixed"), nb::arg("element_has_inf"), nb::arg("max_magnitude_code"),
+          nb::arg("by_amax"), nb::arg("exponent"), nb::arg("carry_from"), nb::arg("largest"),
+          nb::arg("least_scale"), nb::arg("most_scale"), nb::arg("scale"),
+          nb::arg("scale_is_byte"), nb::arg("tensor_scale"), nb::arg("given_scale"),
+          nb::arg("carrier"));
+  nb::class_<BlockLayout>(m, "BlockLayout", "Where blocks are; see types.hpp.")
+      .def(
+          "__init__",
+          [](BlockLayout* self, std::size_t outer, std::size_t rows, std::size_t columns,
+             std::size_t down, std::size_t block_rows, std::size_t block_columns) {
+            new (self) BlockLayout{outer, rows, columns, down, block_rows, block_columns};
+          },
+          nb::kw_only(), nb::arg("outer"), nb::arg("rows"), nb::arg("columns"), nb::arg("down"),
+          nb::arg("block_rows"), nb::arg("block_columns"));
+  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  m.def("quantize_blocks", &quantize, nb::kw_only(), nb::arg("plan"), nb::arg("layout"),
+        nb::arg("x"), nb::arg("carrier"), nb::arg("out"), nb::arg("values"), nb::arg("scales"),
+        nb::arg("n"), nb::arg("rounding"), nb::arg("key_low"), nb::arg("key_high"),
+        nb::arg("threads"), released);
+  m.def("dequantize_blocks", &dequantize, nb::kw_only(), nb::arg("plan"), nb::arg("layout"),
+        nb::arg("out"), nb::arg("carrier"), nb::arg("values"), nb::arg("scales"),
+        nb::arg("scale_table"), nb::arg("n"), nb::arg("threads"), released);
+  m.def("top_magnitude", &top_magnitude, nb::kw_only(), nb::arg("x"), nb::arg("n"),
+        nb::arg("carrier"), nb::arg("threads"), released);
+}

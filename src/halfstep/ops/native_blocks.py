@@ -1,0 +1,265 @@
+"""Block formats on the CPU: thin calls into ``halfstep._core``, equal to the reference bit for bit.
+
+What the kernels have no layout for is passed on to the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfstep.format import Accumulator, BlockFormat, Format, Kind, Rounding, ScaleRule
+from halfstep.ops import block_reference as reference
+from halfstep.ops import native
+from halfstep.ops.bit_packing import packed_length, stored_as, values_of
+from halfstep.ops.block_reference import Parts, scales_shape
+from halfstep.ops.layout import overlaps
+from halfstep.ops.random_bits import Key
+
+__all__ = ["dequantize_into", "quantize", "refuses", "round_into"]
+
+_CHUNK = 2048  # elements along an axis that share a scale given beforehand
+_FP32 = Format.parse("fp32")
+_NARROW = {torch.float16: Format.parse("fp16"), torch.bfloat16: Format.parse("bf16")}
+
+
+def refuses(asked: Format | Accumulator | None, tensors: Sequence[Tensor]) -> str:
+    """Why the kernels cannot take these elements or tensors; empty if they can."""
+    if not isinstance(asked, Format) or asked.bits > 8:
+        return f"elements {asked} have no native kernel"
+    for tensor in tensors:
+        if tensor.dtype is torch.float64:
+            return "float64 has no native kernel for blocks"
+        if tensor.numel() >= 2**32:
+            return "2^32 elements and more have no native kernel for blocks"
+    return native.refuses_round(asked, tensors)
+
+
+def quantize(x: Tensor, format: BlockFormat, dim: int, rounding: Rounding, key: Key) -> Parts:
+    """The stored form of ``x``; see `halfstep.quantize_blocks`."""
+    layout = _layout(x.shape, format, dim, packs=format.element.bits < 8)
+    if layout is None or not x.numel():
+        return reference.quantize(x, format, dim, rounding, key)
+    x = x.detach().resolve_neg().contiguous()
+    bits = format.element.bits
+    sizes = list(x.shape)
+    sizes[dim] = packed_length(sizes[dim], bits) if bits < 8 else sizes[dim]
+    values = torch.empty(sizes, dtype=stored_as(format.element))
+    scales = torch.empty(scales_shape(x.shape, format, dim), dtype=stored_as(format.scale))
+    tensor_scale, given = _beforehand(x, format, dim)
+    if format.rows == 0:
+        scales = reference.store_scales(torch.full(scales.shape, given), format)
+    _run(x, format, layout, tensor_scale, given, rounding, key, values=values, scales=scales)
+    return Parts(values=values, scales=scales, tensor_scale=tensor_scale)
+
+
+def round_into(
+    out: Tensor, x: Tensor, format: BlockFormat, dim: int, rounding: Rounding, key: Key
+) -> None:
+    """Writes ``x`` as the block format has it; see `halfstep.ops.round_blocks`."""
+    layout = _layout(x.shape, format, dim, packs=False)
+    if layout is None:
+        return reference.round_into(out, x, format, dim, rounding, key)
+    if not x.numel():
+        return None
+    source = x.detach().resolve_neg().contiguous()
+    direct = out.is_contiguous() and not out.is_neg() and not overlaps(out, source)
+    rounded = out if direct else torch.empty_like(source)
+    tensor_scale, given = _beforehand(source, format, dim)
+    scales = torch.empty(scales_shape(x.shape, format, dim), dtype=stored_as(format.scale))
+    _run(source, format, layout, tensor_scale, given, rounding, key, out=rounded, scales=scales)
+    if direct:
+        torch.autograd.graph.increment_version(out)
+    else:
+        out.copy_(rounded)
+    return None
+
+
+def dequantize_into(out: Tensor, parts: Parts, format: BlockFormat, dim: int) -> None:
+    """Writes the numbers that the stored form means; see `halfstep.ops.BlockTensor.dequantize`."""
+    layout = _layout(out.shape, format, dim, packs=format.element.bits < 8)
+    if layout is None:
+        return reference.dequantize_into(out, parts, format, dim)
+    if not out.numel():
+        return None
+    direct = out.is_contiguous() and not out.is_neg()
+    target = out if direct else torch.empty(out.shape, dtype=out.dtype)
+    scales = parts.scales.contiguous()
+    tensor_scale = parts.tensor_scale
+    given = float(reference.load_scales(scales, format)) if format.rows == 0 else 0.0
+    plan = _plan(format, out.dtype, float(tensor_scale), given)
+    native._core.dequantize_blocks(
+        plan=plan,
+        layout=layout,
+        out=target.data_ptr(),
+        carrier=native._CARRIERS[out.dtype],
+        values=parts.values.contiguous().data_ptr(),
+        scales=scales.data_ptr(),
+        scale_table=_table(format.scale).data_ptr(),
+        n=out.numel(),
+        threads=torch.get_num_threads(),
+    )
+    if direct:
+        torch.autograd.graph.increment_version(out)
+    else:
+        out.copy_(target)
+    return None
+
+
+def _beforehand(x: Tensor, format: BlockFormat, dim: int) -> tuple[Tensor, float]:
+    """The tensor scale; and the scale of all, where one block is the whole tensor, else 0."""
+    if format.rows != 0 and not format.has_tensor_scale:
+        return torch.ones(()), 0.0
+    top = native._core.top_magnitude(
+        x=x.data_ptr(),
+        n=x.numel(),
+        carrier=native._CARRIERS[x.dtype],
+        threads=torch.get_num_threads(),
+    )
+    amax = torch.tensor(top, dtype=torch.int32).view(torch.float32)
+    if format.rows == 0:
+        return torch.ones(()), float(reference.scales_of(amax, torch.ones(()), format))
+    if not amax.isfinite():  # what is not finite spoils its own block only
+        amax = reference.amax_of(x.float(), format, dim)
+    return reference.tensor_scale_of(amax, format), 0.0
+
+
+def _run(
+    x: Tensor,
+    format: BlockFormat,
+    layout: Any,
+    tensor_scale: Tensor,
+    given: float,
+    rounding: Rounding,
+    key: Key,
+    *,
+    scales: Tensor,
+    out: Tensor | None = None,
+    values: Tensor | None = None,
+) -> None:
+    native._core.quantize_blocks(
+        plan=_plan(format, x.dtype, float(tensor_scale), given),
+        layout=layout,
+        x=x.data_ptr(),
+        carrier=native._CARRIERS[x.dtype],
+        out=0 if out is None else out.data_ptr(),
+        values=0 if values is None else values.data_ptr(),
+        scales=scales.data_ptr(),
+        n=x.numel(),
+        rounding=native._CODES[rounding],
+        key_low=key.low,
+        key_high=key.high,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _layout(shape: torch.Size, format: BlockFormat, dim: int, *, packs: bool) -> Any:
+    """Where the blocks of a contiguous tensor are; None where the kernels have no words for it.
+
+    ``packs``: whether codes are packed along ``dim``; blocks must then begin at whole bytes.
+    """
+    extents = dict(format.extents(len(shape), dim))
+    length = shape[dim]
+    if format.rows == 0:  # the scale is known beforehand: any cut will do
+        extents = {dim: _CHUNK}
+    along = min(extents[dim] or length, length) or 1
+    if packs and along < length and along * format.element.bits % 8:
+        return None
+    others = {axis: extent for axis, extent in extents.items() if axis != dim and extent > 1}
+    last = len(shape) - 1
+    if not others:
+        outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
+        whole_bytes = not packs or along * format.element.bits % 8 == 0
+        if inner == 1 and length % along == 0 and whole_bytes:  # rows lie end to end as one
+            return _Layout(outer=1, rows=1, columns=outer * length, block_columns=along)
+        if inner == 1:
+            return _Layout(outer=1, rows=outer, columns=length, block_columns=along)
+        return _Layout(outer=outer, columns=length, down=inner, block_columns=along)
+    ((other, across),) = others.items()
+    if {dim, other} != {last - 1, last} or (packs and dim != last):
+        return None
+    outer = math.prod(shape[: last - 1])
+    high, wide = (across, along) if dim == last else (along, across)
+    return _Layout(
+        outer=outer,
+        rows=shape[last - 1],
+        columns=shape[last],
+        block_rows=high,
+        block_columns=min(wide, shape[last]) or 1,
+    )
+
+
+def _Layout(  # noqa: N802
+    *,
+    outer: int,
+    columns: int,
+    rows: int = 1,
+    down: int = 0,
+    block_rows: int = 1,
+    block_columns: int,
+) -> Any:
+    return native._core.BlockLayout(
+        outer=outer,
+        rows=rows,
+        columns=columns,
+        down=down,
+        block_rows=block_rows,
+        block_columns=block_columns,
+    )
+
+
+@cache
+def _table(format: Format) -> Tensor:
+    """What each byte means; of a wider format, not used."""
+    codes = torch.arange(256)
+    return values_of(codes, format).float() if format.bits == 8 else codes.float()
+
+
+def _plan(format: BlockFormat, carrier: torch.dtype, tensor_scale: float, given: float) -> Any:
+    fixed = _fixed_part(format, carrier)
+    return native._core.BlockPlan(**fixed, tensor_scale=tensor_scale, given_scale=given)
+
+
+@cache
+def _fixed_part(format: BlockFormat, carrier: torch.dtype) -> dict[str, Any]:
+    element = format.element
+    is_float = element.kind is Kind.FLOAT
+    return {
+        "element": native._grid(element, Rounding.NEAREST, torch.float32),
+        "element_bits": element.bits,
+        "element_bias": element.bias,
+        "element_is_fixed": not is_float,
+        "element_has_inf": element.has_inf,
+        "max_magnitude_code": element.max_magnitude_code if is_float else 0,
+        "by_amax": format.rule is ScaleRule.AMAX,
+        "exponent": element.max_exponent,
+        "carry_from": _carry_from(format),
+        "largest": element.max,
+        "least_scale": format.smallest_scale,
+        "most_scale": format.scale.max,
+        "scale": native._grid(
+            _FP32 if format.scale.bits == 32 or not format.scale.has_zero else format.scale,
+            Rounding.NEAREST,
+            torch.float32,
+        ),
+        "scale_is_byte": format.scale.bits == 8,
+        "carrier": native._grid(_NARROW.get(carrier, _FP32), Rounding.NEAREST, torch.float32),
+    }
+
+
+def _carry_from(format: BlockFormat) -> int:
+    """The least float32 mantissa field of amax from which the power of two is the next one."""
+    never = 2**23
+    if format.rule is ScaleRule.CEIL:
+        return 1
+    if format.rule is ScaleRule.EVEN:
+        return math.ceil(never - 2.0 ** (22 - format.digits))
+    if format.rule is ScaleRule.RCEIL:
+        half = math.frexp(format.element.max)[0]
+        return int((2 * half - 1) * never) + 1
+    return never
