@@ -40,12 +40,13 @@ struct Turns {
 
 void quantize(const BlockPlan& plan, const BlockLayout& layout, std::uintptr_t x, int carrier,
               std::uintptr_t out, std::uintptr_t values, std::uintptr_t scales, std::size_t n,
-              int rounding, std::uint32_t key_low, std::uint32_t key_high, int threads) {
+              std::uintptr_t tops, int rounding, std::uint32_t key_low, std::uint32_t key_high, int threads) {
   const BlockArrays arrays{reinterpret_cast<const void*>(x),
                            Carrier(carrier),
                            reinterpret_cast<void*>(out),
                            reinterpret_cast<std::uint8_t*>(values),
                            reinterpret_cast<void*>(scales),
+                           reinterpret_cast<const std::uint32_t*>(tops),
                            nullptr,
                            out != 0 && out != x && n * 4 >= stream_from};
   const Kernels* kernels = kernels_in_use();
@@ -64,6 +65,7 @@ void dequantize(const BlockPlan& plan, const BlockLayout& layout, std::uintptr_t
                            reinterpret_cast<void*>(out),
                            reinterpret_cast<std::uint8_t*>(values),
                            reinterpret_cast<void*>(scales),
+                           nullptr,
                            reinterpret_cast<const float*>(scale_table),
                            n * 4 >= stream_from};
   const Kernels* kernels = kernels_in_use();
@@ -73,13 +75,17 @@ void dequantize(const BlockPlan& plan, const BlockLayout& layout, std::uintptr_t
   });
 }
 
-// The bits, as those of a float32, of the largest magnitude; those of a NaN are the largest.
-std::uint32_t top_magnitude(std::uintptr_t x, std::size_t n, int carrier, int threads) {
+// The bits, as those of a float32, of the largest magnitude; those of a NaN are the largest. And, where
+// `tops` is not null, that of each block of `size`, a divisor of the kernel's piece.
+std::uint32_t top_magnitude(std::uintptr_t x, std::size_t n, int carrier, std::size_t size,
+                            std::uintptr_t tops, int threads) {
   const Kernels* kernels = kernels_in_use();
   std::atomic<std::uint32_t> top{0};
   parallel_for(n, grain, threads, [&](std::size_t begin, std::size_t end) {
     const auto* from = reinterpret_cast<const void*>(x + begin * bytes_of(Carrier(carrier)));
-    const std::uint32_t found = kernels->top_magnitude(from, end - begin, Carrier(carrier));
+    auto* to = tops ? reinterpret_cast<std::uint32_t*>(tops) + begin / size : nullptr;
+    const std::uint32_t found =
+        kernels->top_magnitude(from, end - begin, Carrier(carrier), size, to);
     std::uint32_t before = top.load();
     while (before < found && !top.compare_exchange_weak(before, found)) {
     }
@@ -118,15 +124,18 @@ void bind_blocks(nb::module_& m) {
             new (self) BlockLayout{outer, rows, columns, down, block_rows, block_columns};
           },
           nb::kw_only(), nb::arg("outer"), nb::arg("rows"), nb::arg("columns"), nb::arg("down"),
-          nb::arg("block_rows"), nb::arg("block_columns"));
+          nb::arg("block_rows"), nb::arg("block_columns"))
+      .def_ro("rows", &BlockLayout::rows)
+      .def_ro("down", &BlockLayout::down)
+      .def_ro("block_columns", &BlockLayout::block_columns);
   const auto released = nb::call_guard<nb::gil_scoped_release>();
   m.def("quantize_blocks", &quantize, nb::kw_only(), nb::arg("plan"), nb::arg("layout"),
         nb::arg("x"), nb::arg("carrier"), nb::arg("out"), nb::arg("values"), nb::arg("scales"),
-        nb::arg("n"), nb::arg("rounding"), nb::arg("key_low"), nb::arg("key_high"),
+        nb::arg("n"), nb::arg("tops"), nb::arg("rounding"), nb::arg("key_low"), nb::arg("key_high"),
         nb::arg("threads"), released);
   m.def("dequantize_blocks", &dequantize, nb::kw_only(), nb::arg("plan"), nb::arg("layout"),
         nb::arg("out"), nb::arg("carrier"), nb::arg("values"), nb::arg("scales"),
         nb::arg("scale_table"), nb::arg("n"), nb::arg("threads"), released);
   m.def("top_magnitude", &top_magnitude, nb::kw_only(), nb::arg("x"), nb::arg("n"),
-        nb::arg("carrier"), nb::arg("threads"), released);
+        nb::arg("carrier"), nb::arg("size"), nb::arg("tops"), nb::arg("threads"), released);
 }

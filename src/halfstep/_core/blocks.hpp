@@ -40,13 +40,24 @@ inline const float* widened(const void* x, Carrier carrier, std::size_t at, std:
   return buffer;
 }
 
+// The largest of all; and where `tops` is, that of each block of `size`, a divisor of block_piece.
 template <class L>
-std::uint32_t top_magnitude(const void* x, std::size_t n, Carrier carrier) {
+std::uint32_t top_magnitude(const void* x, std::size_t n, Carrier carrier, std::size_t size,
+                            std::uint32_t* tops) {
   alignas(64) float buffer[block_piece];
   std::uint32_t top = 0;
   for (std::size_t i = 0; i < n; i += block_piece) {
-    const std::size_t size = std::min(block_piece, n - i);
-    top = std::max(top, top_of<L>(widened(x, carrier, i, size, buffer), size));
+    const std::size_t piece = std::min(block_piece, n - i);
+    const float* numbers = widened(x, carrier, i, piece, buffer);
+    if (!tops) {
+      top = std::max(top, top_of<L>(numbers, piece));
+      continue;
+    }
+    for (std::size_t k = 0; k < piece; k += size) {
+      const std::uint32_t found = top_of<L>(numbers + k, std::min(size, piece - k));
+      tops[(i + k) / size] = found;
+      top = std::max(top, found);
+    }
   }
   return top;
 }
@@ -186,6 +197,29 @@ struct BlockQuantizer {
     return result;
   }
 
+  // Blocks of `size`, a multiple of the lanes, none of them NaN.
+  template <bool fused>
+  void blocks(const float* x, std::size_t count, std::size_t size, std::size_t index,
+              const BlockScales& scales, float* out, std::uint8_t* bytes, bool stream) const {
+    stream = stream && reinterpret_cast<std::uintptr_t>(out) % (4 * L::width) == 0;
+    const auto all = [&](const auto& put) {
+      std::size_t i = 0;
+      for (std::size_t b = 0; b < count; ++b) {
+        const Float factor = L::set_number(scales.factor[b]);
+        const Float total = L::set_number(scales.total[b]);
+        for (const std::size_t end = i + size; i < end; i += L::width)
+          put(i, step<fused, false>(L::load(x + i), index + i, factor, total));
+      }
+    };
+    if constexpr (!fused) {
+      all([&](std::size_t i, Bits result) { L::store_bytes(bytes + i, result); });
+    } else if (stream) {
+      all([&](std::size_t i, Bits result) { L::stream(out + i, result); });
+    } else {
+      all([&](std::size_t i, Bits result) { L::store(out + i, result); });
+    }
+  }
+
   // n elements, the first of them element `index` of the tensor, to out or to bytes.
   template <bool fused, bool each>
   void run(const float* x, std::size_t n, std::size_t index, const float* factor,
@@ -297,8 +331,9 @@ void quantize_rows(const BlockPlan& plan, const BlockLayout& layout, const Block
   for (std::size_t turn = begin; turn < end; ++turn) {
     const BlockGroup group = group_of(layout, turn);
     if (plan.given_scale == 0) {
-      std::fill_n(top, group.count, 0u);
-      over_pieces(layout, group, [&](std::size_t row, std::size_t column, std::size_t n) {
+      if (arrays.tops) std::copy_n(arrays.tops + group.first_scale, group.count, top);
+      if (!arrays.tops) std::fill_n(top, group.count, 0u);
+      if (!arrays.tops) over_pieces(layout, group, [&](std::size_t row, std::size_t column, std::size_t n) {
         const std::size_t at = row * layout.columns + column;
         const float* x = widened(arrays.numbers, arrays.carrier, at, n, buffer);
         for (std::size_t b = 0; b * size < n; ++b)
@@ -310,6 +345,8 @@ void quantize_rows(const BlockPlan& plan, const BlockLayout& layout, const Block
       std::fill_n(scales.factor, group.count,
                   plan.by_amax ? plan.given_scale : 1.0f / plan.given_scale);
     }
+    const bool fine = std::none_of(scales.total, scales.total + group.count,
+                                   [](float total) { return std::isnan(total); });
     over_pieces(layout, group, [&](std::size_t row, std::size_t column, std::size_t n) {
       const std::size_t at = row * layout.columns + column;
       const float* x = widened(arrays.numbers, arrays.carrier, at, n, buffer);
@@ -317,7 +354,15 @@ void quantize_rows(const BlockPlan& plan, const BlockLayout& layout, const Block
           arrays.out ? nullptr : arrays.values + row * pitch + column * bits / 8;
       float* out = arrays.out ? target_of(arrays, at, buffer) : nullptr;
       std::uint8_t* codes = bits == 8 ? packed : bytes;
-      for (std::size_t b = 0; b * size < n; ++b) {
+      std::size_t done = 0;  // blocks
+      if (fine && size % L::width == 0) {
+        done = n / size;
+        if (out)
+          quantizer.template blocks<true>(x, done, size, at, scales, out, nullptr, arrays.stream);
+        else
+          quantizer.template blocks<false>(x, done, size, at, scales, nullptr, codes, false);
+      }
+      for (std::size_t b = done; b * size < n; ++b) {
         const std::size_t i = b * size, m = std::min(size, n - i);
         const float *factor = scales.factor + b, *total = scales.total + b;
         if (out)

@@ -92,7 +92,8 @@ struct BlockArrays {
   void* out;            // null: only store
   std::uint8_t* values;
   void* scales;
-  const float* scale_table;  // what the codes of scales mean
+  const std::uint32_t* tops;  // bits of each block's largest magnitude; null: find them
+  const float* scale_table;   // what the codes of scales mean
   bool stream;               // write out past the caches
 };
 
@@ -109,7 +110,8 @@ struct Kernels {
                           Rounding rounding, Key key);
   void (*dequantize_blocks)(const BlockPlan& plan, const BlockLayout& layout,
                             const BlockArrays& arrays, std::size_t begin, std::size_t end);
-  std::uint32_t (*top_magnitude)(const void* x, std::size_t n, Carrier carrier);
+  std::uint32_t (*top_magnitude)(const void* x, std::size_t n, Carrier carrier, std::size_t size,
+                                 std::uint32_t* tops);
   void (*dot_accumulate)(const DotBlock& block, const Grid& grid, float* panel);
 };
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -51,11 +52,11 @@ def quantize(x: Tensor, format: BlockFormat, dim: int, rounding: Rounding, key: 
     sizes[dim] = packed_length(sizes[dim], bits) if bits < 8 else sizes[dim]
     values = torch.empty(sizes, dtype=stored_as(format.element))
     scales = torch.empty(scales_shape(x.shape, format, dim), dtype=stored_as(format.scale))
-    tensor_scale, given = _beforehand(x, format, dim)
+    known = _look(x, format, layout, dim)
     if format.rows == 0:
-        scales = reference.store_scales(torch.full(scales.shape, given), format)
-    _run(x, format, layout, tensor_scale, given, rounding, key, values=values, scales=scales)
-    return Parts(values=values, scales=scales, tensor_scale=tensor_scale)
+        scales = reference.store_scales(torch.full(scales.shape, known.given), format)
+    _run(x, format, layout, known, rounding, key, values=values, scales=scales)
+    return Parts(values=values, scales=scales, tensor_scale=known.tensor_scale)
 
 
 def round_into(
@@ -70,9 +71,9 @@ def round_into(
     source = x.detach().resolve_neg().contiguous()
     direct = out.is_contiguous() and not out.is_neg() and not overlaps(out, source)
     rounded = out if direct else torch.empty_like(source)
-    tensor_scale, given = _beforehand(source, format, dim)
+    known = _look(source, format, layout, dim)
     scales = torch.empty(scales_shape(x.shape, format, dim), dtype=stored_as(format.scale))
-    _run(source, format, layout, tensor_scale, given, rounding, key, out=rounded, scales=scales)
+    _run(source, format, layout, known, rounding, key, out=rounded, scales=scales)
     if direct:
         torch.autograd.graph.increment_version(out)
     else:
@@ -89,7 +90,7 @@ def dequantize_into(out: Tensor, parts: Parts, format: BlockFormat, dim: int) ->
         return None
     direct = out.is_contiguous() and not out.is_neg()
     target = out if direct else torch.empty(out.shape, dtype=out.dtype)
-    scales = parts.scales.contiguous()
+    values, scales = parts.values.contiguous(), parts.scales.contiguous()
     tensor_scale = parts.tensor_scale
     given = float(reference.load_scales(scales, format)) if format.rows == 0 else 0.0
     plan = _plan(format, out.dtype, float(tensor_scale), given)
@@ -98,7 +99,7 @@ def dequantize_into(out: Tensor, parts: Parts, format: BlockFormat, dim: int) ->
         layout=layout,
         out=target.data_ptr(),
         carrier=native._CARRIERS[out.dtype],
-        values=parts.values.contiguous().data_ptr(),
+        values=values.data_ptr(),
         scales=scales.data_ptr(),
         scale_table=_table(format.scale).data_ptr(),
         n=out.numel(),
@@ -111,30 +112,45 @@ def dequantize_into(out: Tensor, parts: Parts, format: BlockFormat, dim: int) ->
     return None
 
 
-def _beforehand(x: Tensor, format: BlockFormat, dim: int) -> tuple[Tensor, float]:
-    """The tensor scale; and the scale of all, where one block is the whole tensor, else 0."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Beforehand:
+    """What one look at all of a tensor tells, for formats that need one."""
+
+    tensor_scale: Tensor = field(default_factory=lambda: torch.ones(()))
+    given: float = 0.0
+    """The scale of all, where one block is the whole tensor."""
+    tops: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    """The bits of each block's amax, where they were found on the way."""
+
+
+def _look(x: Tensor, format: BlockFormat, layout: Any, dim: int) -> _Beforehand:
     if format.rows != 0 and not format.has_tensor_scale:
-        return torch.ones(()), 0.0
+        return _Beforehand()
+    size = layout.block_columns
+    in_line = layout.rows == 1 and layout.down == 0 and _CHUNK % size == 0
+    keeps = format.has_tensor_scale and in_line
+    tops = torch.empty(-(-x.numel() // size) if keeps else 0, dtype=torch.int32)
     top = native._core.top_magnitude(
         x=x.data_ptr(),
         n=x.numel(),
         carrier=native._CARRIERS[x.dtype],
+        size=size,
+        tops=tops.data_ptr(),
         threads=torch.get_num_threads(),
     )
     amax = torch.tensor(top, dtype=torch.int32).view(torch.float32)
     if format.rows == 0:
-        return torch.ones(()), float(reference.scales_of(amax, torch.ones(()), format))
+        return _Beforehand(given=float(reference.scales_of(amax, torch.ones(()), format)))
     if not amax.isfinite():  # what is not finite spoils its own block only
-        amax = reference.amax_of(x.float(), format, dim)
-    return reference.tensor_scale_of(amax, format), 0.0
+        amax = tops.view(torch.float32) if keeps else reference.amax_of(x.float(), format, dim)
+    return _Beforehand(tensor_scale=reference.tensor_scale_of(amax, format), tops=tops)
 
 
 def _run(
     x: Tensor,
     format: BlockFormat,
     layout: Any,
-    tensor_scale: Tensor,
-    given: float,
+    known: _Beforehand,
     rounding: Rounding,
     key: Key,
     *,
@@ -143,7 +159,7 @@ def _run(
     values: Tensor | None = None,
 ) -> None:
     native._core.quantize_blocks(
-        plan=_plan(format, x.dtype, float(tensor_scale), given),
+        plan=_plan(format, x.dtype, float(known.tensor_scale), known.given),
         layout=layout,
         x=x.data_ptr(),
         carrier=native._CARRIERS[x.dtype],
@@ -151,6 +167,7 @@ def _run(
         values=0 if values is None else values.data_ptr(),
         scales=scales.data_ptr(),
         n=x.numel(),
+        tops=known.tops.data_ptr(),
         rounding=native._CODES[rounding],
         key_low=key.low,
         key_high=key.high,
