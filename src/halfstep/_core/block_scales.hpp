@@ -1,0 +1,120 @@
+// The scales of blocks from the largest magnitudes in them, for any lanes.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "carriers.hpp"
+#include "round.hpp"
+#include "types.hpp"
+
+namespace halfstep {
+namespace {
+
+constexpr std::size_t block_piece = 2048;
+constexpr std::uint32_t float_infinity = 0x7F800000u;
+constexpr std::uint32_t float_nan = 0x7FC00000u;
+
+// The bits of the largest magnitude; those of a NaN are larger than all others.
+template <class L>
+std::uint32_t top_of(const float* x, std::size_t n) {
+  const typename L::Bits magnitude = L::set(0x7FFFFFFFu);
+  typename L::Bits top = L::set(0);
+  std::size_t i = 0;
+  for (; i + L::width <= n; i += L::width)
+    top = L::max_words(top, L::and_(L::load(x + i), magnitude));
+  std::uint32_t found = L::top_word(top);
+  for (; i < n; ++i) found = std::max(found, word_of(x[i]) & 0x7FFFFFFFu);
+  return found;
+}
+
+// float32 numbers of a tensor: where they are, or widened into the buffer.
+inline const float* widened(const void* x, Carrier carrier, std::size_t at, std::size_t n,
+                            float* buffer) {
+  if (carrier == Carrier::float32) return static_cast<const float*>(x) + at;
+  to_float32(static_cast<const std::uint16_t*>(x) + at, carrier, buffer, n);
+  return buffer;
+}
+
+// The largest of all; and where `tops` is, that of each block of `size`, a divisor of block_piece.
+template <class L>
+std::uint32_t top_magnitude(const void* x, std::size_t n, Carrier carrier, std::size_t size,
+                            std::uint32_t* tops) {
+  alignas(64) float buffer[block_piece];
+  std::uint32_t top = 0;
+  for (std::size_t i = 0; i < n; i += block_piece) {
+    const std::size_t piece = std::min(block_piece, n - i);
+    const float* numbers = widened(x, carrier, i, piece, buffer);
+    if (!tops) {
+      top = std::max(top, top_of<L>(numbers, piece));
+      continue;
+    }
+    for (std::size_t k = 0; k < piece; k += size) {
+      const std::uint32_t found = top_of<L>(numbers + k, std::min(size, piece - k));
+      tops[(i + k) / size] = found;
+      top = std::max(top, found);
+    }
+  }
+  return top;
+}
+
+// Of up to block_piece blocks: what each element is multiplied by or divided by (factor), and what
+// it is worth (total). NaN where the block is.
+struct BlockScales {
+  alignas(64) float factor[block_piece];
+  alignas(64) float total[block_piece];
+};
+
+inline void store_scale_bytes(const float* scale, std::size_t n, std::uint8_t* to) {  // e4m3fn
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::uint32_t bits = word_of(scale[i]);
+    const std::uint32_t normal = (bits >> 20) - (120u << 3);
+    const std::uint32_t even = word_of(scale[i] + 0x1p14f) - word_of(0x1p14f);
+    const std::uint32_t code = bits < (121u << 23) ? even : normal;
+    to[i] = std::uint8_t(bits > float_infinity ? 0x7Fu : code);
+  }
+}
+
+inline void powers_of_two(const BlockPlan& plan, const std::uint32_t* top, std::size_t n,
+                          BlockScales& scales, std::uint8_t* stored) {
+  for (std::size_t i = 0; i < n; ++i) {
+    const bool small = top[i] < 0x01000000u;  // perhaps subnormal
+    const std::uint32_t bits = small ? word_of(float_of(top[i]) * 0x1p64f) : top[i];
+    const int carry = int((bits & 0x7FFFFFu) >= plan.carry_from);
+    int exponent = int(bits >> 23) - 127 - (small ? 64 : 0) + carry - plan.exponent;
+    exponent = exponent < -127 ? -127 : exponent > 127 ? 127 : exponent;
+    const bool bad = top[i] >= float_infinity;
+    const std::uint32_t least = 0x00400000u;  // 2^-127
+    const std::uint32_t power = exponent == -127 ? least : std::uint32_t(exponent + 127) << 23;
+    const std::uint32_t inverse = exponent == 127 ? least : std::uint32_t(127 - exponent) << 23;
+    scales.total[i] = float_of(bad ? float_nan : power);
+    scales.factor[i] = float_of(bad ? float_nan : inverse);
+    stored[i] = std::uint8_t(bad ? 255 : exponent + 127);
+  }
+}
+
+template <class L>
+void find_scales(const BlockPlan& plan, const std::uint32_t* top, std::size_t n,
+                 BlockScales& scales, void* stored, std::size_t at) {
+  auto* bytes = static_cast<std::uint8_t*>(stored) + at;
+  if (!plan.by_amax) return powers_of_two(plan, top, n, scales, bytes);
+  float* scale = scales.total;
+  for (std::size_t i = 0; i < n; ++i) {
+    const float quotient = float_of(top[i]) / plan.largest / plan.tensor_scale;
+    scale[i] = std::min(std::max(quotient, plan.least_scale), plan.most_scale);
+  }
+  round_to<L>(scale, scale, 0, n, plan.scale, Rounding::nearest, Key{}, false);
+  for (std::size_t i = 0; i < n; ++i)
+    scale[i] = top[i] >= float_infinity ? float_of(float_nan) : scale[i];
+  if (plan.scale_is_byte) {
+    store_scale_bytes(scale, n, bytes);
+  } else {
+    std::copy_n(scale, n, static_cast<float*>(stored) + at);
+  }
+  for (std::size_t i = 0; i < n; ++i)
+    scales.total[i] = scales.factor[i] =
+        top[i] >= float_infinity ? float_of(float_nan) : scale[i] * plan.tensor_scale;
+}
+
+}  // namespace
+}  // namespace halfstep
