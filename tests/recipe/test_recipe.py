@@ -50,6 +50,15 @@ def test_a_recipe_of_ones_own_round_trips_under_any_name():
     assert Recipe.parse(str(mine)) == mine
 
 
+def test_an_accumulator_is_written_as_it_is_read():
+    text = "fp16:accumulate=fp16/chunk64/between-fp32"
+    recipe = Recipe.parse(text)
+    assert str(recipe) == text
+    assert recipe.replace(accumulate="fp16/chunk64").name == "fp16:accumulate=fp16/chunk64"
+    assert recipe.replace(accumulate="fp32") == Recipe.parse("fp16")
+    assert Recipe.parse("fp16:accumulate=fp16/pairwise") == Recipe.parse("fp16-acc16-pairwise")
+
+
 def test_catalogue_is_the_issues():
     assert NAMES == [
         "fp32",
@@ -59,6 +68,8 @@ def test_catalogue_is_the_issues():
         "fp16-noscale",
         "fp16-nomaster",
         "fp16-acc16",
+        "fp16-acc16-chunk64",
+        "fp16-acc16-pairwise",
     ]
     for name, recipe in recipes().items():
         assert recipe.name == name
@@ -74,6 +85,8 @@ def test_catalogue_is_the_issues():
         ("fp16-noscale", {"scaling": "none"}),
         ("fp16-nomaster", {"master": "fp16"}),
         ("fp16-acc16", {"accumulate": "fp16"}),
+        ("fp16-acc16-chunk64", {"accumulate": "fp16/chunk64"}),
+        ("fp16-acc16-pairwise", {"accumulate": "fp16/pairwise"}),
         (
             "fp16-naive",
             {"master": "fp16", "optimizer": "fp16", "scaling": "none", "policy": "paper"},
@@ -92,7 +105,11 @@ def test_only_fp32_is_the_identity_and_only_naive_is_unguarded():
 
 def test_loss_scale_of_the_catalogue():
     scaled = {r.name for r in recipes().values() if r.loss_scaling.kind is ScalingKind.DYNAMIC}
-    assert scaled == {"fp16", "fp16-nomaster", "fp16-acc16"}
+    assert scaled == {"fp16", "fp16-nomaster"} | {
+        "fp16-acc16",
+        "fp16-acc16-chunk64",
+        "fp16-acc16-pairwise",
+    }
 
 
 def test_defaults_are_those_of_torchs_grad_scaler():
@@ -212,7 +229,9 @@ def test_bad_format_in_a_variant():
     with pytest.raises(RecipeError) as caught:
         Recipe.parse("fp16:accumulate=fp61")
     message = str(caught.value)
-    assert message.startswith("accumulate=fp61 in 'fp16:accumulate=fp61': unknown format 'fp61'")
+    assert message.startswith(
+        "accumulate=fp61 in 'fp16:accumulate=fp61': unknown format or unit 'fp61'"
+    )
     assert "did you mean fp16" in message
     assert "`halfstep formats`" in message
 

@@ -1,5 +1,7 @@
 """The ablations of the catalogue: what each leaves out, to the bit."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -173,3 +175,59 @@ def test_acc16_uses_ops_own_accumulator():
     a, b = torch.randn(4, 70).half().float(), torch.randn(3, 70).half().float()
     got = ops.multiply(a, b.t(), Accumulator.parse("fp16"))
     assert torch.equal(got.half().float(), brute_force(a, b, torch.zeros(3)))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "right"),
+    [
+        ("fp16-acc16", 2048.0),
+        ("fp16-acc16-chunk64", 4096.0),
+        ("fp16-acc16-pairwise", 4096.0),
+        ("fp16:accumulate=v100", 4096.0),
+        ("bf16", 4096.0),
+        ("bf16:accumulate=bf16", 256.0),
+        ("bf16:accumulate=bf16/chunk64", 4096.0),
+    ],
+)
+def test_a_long_sum_swamps_or_not_as_the_accumulator_has_it(recipe: str, right: float):
+    """4096 ones: forward, and over the batch in the gradient of the weight."""
+    for model, x in (
+        (nn.Linear(4096, 1, bias=False), torch.ones(1, 4096)),
+        (nn.Linear(1, 1, bias=False), torch.ones(4096, 1)),
+    ):
+        nn.init.ones_(model.weight)
+        halfstep.switch(model, sgd(model), recipe + ("," if ":" in recipe else ":") + "initial=1")
+        out = model(x)
+        out.sum().backward()
+        assert max(out[0, 0].item(), model.weight.grad[0, 0].item()) == right
+
+
+CONVOLUTIONS = [
+    nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2),
+    nn.Conv2d(4, 6, 3, padding="same"),
+    nn.Conv3d(4, 6, 2, dilation=2),
+    nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1),
+    nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2),
+    nn.ConvTranspose3d(4, 6, 2, stride=2),
+]
+
+
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize("recipe", ["fp16-acc16", "fp16-acc16-chunk64"])
+def test_every_convolution_runs_in_the_accumulator(layer: nn.Module, recipe: str):
+    """Integers whose sums are exact: the result is FP32's, rounded once, forward and backward."""
+    generator = torch.Generator().manual_seed(3)
+    model = copy.deepcopy(layer)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randint(-3, 4, p.shape, generator=generator))
+    dims = model.weight.dim() - 2
+    x = torch.randint(-3, 4, (2, 4, *[6] * dims), generator=generator).float().requires_grad_()
+    right = model(x)
+    wanted = torch.autograd.grad(right.sum(), [x, *model.parameters()])
+    halfstep.switch(model, sgd(model), recipe + ":initial=1")
+    out = model(x)
+    assert torch.equal(out, right)
+    out.sum().backward()
+    for got, want in zip([x.grad, *[p.grad for p in model.parameters()]], wanted, strict=True):
+        assert torch.equal(got, want)

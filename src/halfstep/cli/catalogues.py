@@ -124,7 +124,7 @@ def recipe_record(it: Recipe) -> dict[str, Any]:
         "activation": it.activation.name,
         "gradient": it.gradient.name,
         "store": it.store.name,
-        "accumulate": it.accumulate.name,
+        "accumulate": str(it.accumulate),
         "master": it.master.name,
         "optimizer": it.optimizer.name,
         "scaling": it.loss_scaling.kind.value,

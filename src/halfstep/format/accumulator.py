@@ -140,8 +140,11 @@ class Accumulator:
     def of(self, left: Format, right: Format) -> Accumulator:
         """This accumulator for products of these two formats, which a unit must know.
 
-        Raises `FormatError` where the unit does not multiply them.
+        One that knows its operands already keeps them. Raises `FormatError` where the unit does not
+        multiply them.
         """
+        if self.operands:
+            return self
         if isinstance(self.adder, Unit):
             self.adder.datapath(left, right)
         return replace(self, operands=(left, right))

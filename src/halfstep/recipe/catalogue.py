@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from halfstep.format import Format
+from halfstep.format import Accumulator, Format
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
 from halfstep.recipe.policies import AMP, PAPER
 from halfstep.recipe.recipe import Recipe
@@ -15,6 +15,7 @@ __all__ = ["CATALOGUE", "SYNONYMS", "recipes"]
 _FP32 = Format.parse("fp32")
 _BF16 = Format.parse("bf16")
 _FP16 = Format.parse("fp16")
+_ADDS_FP32 = Accumulator.parse("fp32")
 _UNSCALED = LossScaling(kind=ScalingKind.NONE)
 _DYNAMIC = LossScaling(kind=ScalingKind.DYNAMIC)
 
@@ -27,7 +28,7 @@ _LITERALS = (
         activation=_FP32,
         gradient=_FP32,
         store=_FP32,
-        accumulate=_FP32,
+        accumulate=_ADDS_FP32,
         master=_FP32,
         optimizer=_FP32,
         loss_scaling=_UNSCALED,
@@ -43,7 +44,7 @@ _LITERALS = (
         activation=_BF16,
         gradient=_BF16,
         store=_BF16,
-        accumulate=_FP32,
+        accumulate=_ADDS_FP32,
         master=_FP32,
         optimizer=_FP32,
         loss_scaling=_UNSCALED,
@@ -58,7 +59,7 @@ _LITERALS = (
         activation=_FP16,
         gradient=_FP16,
         store=_FP16,
-        accumulate=_FP32,
+        accumulate=_ADDS_FP32,
         master=_FP32,
         optimizer=_FP32,
         loss_scaling=_DYNAMIC,
@@ -74,7 +75,7 @@ _LITERALS = (
         activation=_FP16,
         gradient=_FP16,
         store=_FP16,
-        accumulate=_FP32,
+        accumulate=_ADDS_FP32,
         master=_FP16,
         optimizer=_FP16,
         loss_scaling=_UNSCALED,
@@ -88,7 +89,7 @@ _LITERALS = (
         activation=_FP16,
         gradient=_FP16,
         store=_FP16,
-        accumulate=_FP32,
+        accumulate=_ADDS_FP32,
         master=_FP32,
         optimizer=_FP32,
         loss_scaling=_UNSCALED,
@@ -102,7 +103,7 @@ _LITERALS = (
         activation=_FP16,
         gradient=_FP16,
         store=_FP16,
-        accumulate=_FP32,
+        accumulate=_ADDS_FP32,
         master=_FP16,
         optimizer=_FP32,
         loss_scaling=_DYNAMIC,
@@ -116,7 +117,37 @@ _LITERALS = (
         activation=_FP16,
         gradient=_FP16,
         store=_FP16,
-        accumulate=_FP16,
+        accumulate=Accumulator.parse("fp16"),
+        master=_FP32,
+        optimizer=_FP32,
+        loss_scaling=_DYNAMIC,
+        policy=AMP,
+    ),
+    Recipe(
+        name="fp16-acc16-chunk64",
+        summary="fp16-acc16 in chunks of 64, whose sums are added in FP16, too: long sums hold",
+        source="Wang et al., Training Deep Neural Networks with 8-bit Floating Point Numbers, "
+        "arXiv 1812.08011, section 2.3; there for FP8 operands",
+        weight=_FP16,
+        activation=_FP16,
+        gradient=_FP16,
+        store=_FP16,
+        accumulate=Accumulator.parse("fp16/chunk64"),
+        master=_FP32,
+        optimizer=_FP32,
+        loss_scaling=_DYNAMIC,
+        policy=AMP,
+    ),
+    Recipe(
+        name="fp16-acc16-pairwise",
+        summary="fp16-acc16 with the additions in a tree (a hierarchical reduction): long sums hold",
+        source="N. J. Higham, The accuracy of floating point summation, SIAM J. Sci. Comput. 14(4), "
+        "1993, section 2; the accumulator alone is of Micikevicius et al., arXiv 1710.03740",
+        weight=_FP16,
+        activation=_FP16,
+        gradient=_FP16,
+        store=_FP16,
+        accumulate=Accumulator.parse("fp16/pairwise"),
         master=_FP32,
         optimizer=_FP32,
         loss_scaling=_DYNAMIC,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfstep.errors import RecipeError
-from halfstep.format import Format
+from halfstep.format import Accumulator, Format
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
 from halfstep.recipe.op_policy import OpPolicy
 
@@ -49,7 +49,7 @@ class Recipe:
     activation: Format
     gradient: Format
     store: Format
-    accumulate: Format
+    accumulate: Accumulator
     master: Format
     optimizer: Format
     loss_scaling: LossScaling
@@ -57,7 +57,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for key in FORMAT_FIELDS:
-            _check_type(self, key, Format, "Format.parse(text)")
+            if key == "accumulate":
+                _check_type(self, key, Accumulator, "Accumulator.parse(text)")
+            else:
+                _check_type(self, key, Format, "Format.parse(text)")
         _check_type(self, "loss_scaling", LossScaling, "LossScaling(kind=...)")
         _check_type(self, "policy", OpPolicy, "OpPolicy.parse(text)")
 
@@ -65,8 +68,13 @@ class Recipe:
     def is_identity(self) -> bool:
         """True for plain FP32, every format fp32 and scale 1: nothing is to be done."""
         return self.loss_scaling.kind is ScalingKind.NONE and all(
-            getattr(self, key).name == "fp32" for key in FORMAT_FIELDS
+            str(getattr(self, key)) == "fp32" for key in FORMAT_FIELDS
         )
+
+    @property
+    def adds_in_fp32(self) -> bool:
+        """True where dot products add in FP32, in whatever order the kernels do."""
+        return str(self.accumulate) == "fp32"
 
     @property
     def guarded(self) -> bool:

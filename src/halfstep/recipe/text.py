@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from halfstep.errors import FormatError, RecipeError, UnknownNameError
-from halfstep.format import Format
+from halfstep.format import Accumulator, Format
 from halfstep.recipe.catalogue import CATALOGUE, SYNONYMS
 from halfstep.recipe.loss_scaling import ScalingKind
 from halfstep.recipe.op_policy import OpPolicy
@@ -52,6 +52,8 @@ def changed_recipe(recipe: Recipe, changes: Mapping[str, Any], *, where: str = "
     for key, value in changes.items():
         if key == "operands":
             values |= dict.fromkeys(_OPERANDS, _format(key, value, where))
+        elif key == "accumulate":
+            values[key] = _accumulator(key, value, where)
         elif key in FORMAT_FIELDS:
             values[key] = _format(key, value, where)
         elif key == "policy":
@@ -91,7 +93,7 @@ def _differences(base: Recipe, recipe: Recipe) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for key in FORMAT_FIELDS:
         if getattr(base, key) != getattr(recipe, key):
-            pairs.append((key, getattr(recipe, key).name))
+            pairs.append((key, str(getattr(recipe, key))))
     if base.policy != recipe.policy:
         pairs.append(("policy", str(recipe.policy)))
     old, new = base.loss_scaling, recipe.loss_scaling
@@ -148,6 +150,16 @@ def _format(key: str, value: object, where: str) -> Format:
     except (UnknownNameError, FormatError) as error:
         raise RecipeError(
             f"{key}={value}{where}: {error}; allowed: the names that `halfstep formats` lists"
+        ) from None
+
+
+def _accumulator(key: str, value: object, where: str) -> Accumulator:
+    try:
+        return Accumulator.parse(value)
+    except (UnknownNameError, FormatError) as error:
+        raise RecipeError(
+            f"{key}={value}{where}: {error}; allowed: the names that `halfstep formats` lists, and "
+            "words after them such as fp16/chunk64/between-fp32"
         ) from None
 
 

@@ -17,8 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halfstep.errors import SwitchError
-from halfstep.format import Format
-from halfstep.switching.products import convolve, matmul, repeated_rows, rows, wide_rows
+from halfstep.format import Accumulator
+from halfstep.switching.products import (
+    FP32_SUMS,
+    convolution,
+    matmul,
+    repeated_rows,
+    rows,
+    wide_rows,
+)
 
 __all__ = ["Carriers", "Emulator", "attention", "dot"]
 
@@ -30,7 +37,7 @@ class Emulator:
 
     __slots__ = ("accumulate", "low")
 
-    def __init__(self, low: torch.dtype, accumulate: Format) -> None:
+    def __init__(self, low: torch.dtype, accumulate: Accumulator) -> None:
         self.low = low
         self.accumulate = accumulate
 
@@ -166,7 +173,7 @@ def dot(
         return rows(low(args[0]), low(args[1]).t(), None, emulator)
     if name == "addmm" and not kwargs and args[0].dim() == 1:
         return rows(low(args[1]), low(args[2]).t(), low(args[0]), emulator)
-    if emulator.accumulate.name == "fp32":
+    if emulator.accumulate == FP32_SUMS:
         return emulator.store(otherwise())
     wide = emulator.operand
     if name in ("bmm", "matmul", "mv"):
@@ -175,10 +182,14 @@ def dot(
         beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
         added = emulator.matmul(args[1], args[2])
         return emulator.store(beta * wide(args[0]) + alpha * added)
-    if name in ("conv1d", "conv2d") and not isinstance(args[4] if len(args) > 4 else 0, str):
-        values: Any = (*args, None)[: max(3, len(args))]
-        x, weight, bias, *rest = values
-        return convolve(emulator, low(x), low(weight), None if bias is None else low(bias), *rest)
+    convolve = convolution(name, args)
+    if convolve is not None:
+        x, weight, bias, *_ = (*args, None)
+        carriers = Carriers(emulator)
+        x, weight = carriers.of(x), carriers.of(weight)
+        with carriers.kept_low():
+            out = convolve(x, weight, None if bias is None else wide(bias), emulator.accumulate)
+        return emulator.store(out)
     raise SwitchError(
         f"{op} has no kernel that adds in {emulator.accumulate}; "
         "use a recipe with accumulate=fp32 for this model"

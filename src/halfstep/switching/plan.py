@@ -8,6 +8,7 @@ from enum import Enum
 import torch
 
 from halfstep.errors import SwitchError
+from halfstep.format import Accumulator
 from halfstep.recipe import Recipe
 
 __all__ = ["Executor", "Plan", "PlanRow", "make_plan"]
@@ -57,9 +58,14 @@ class Plan:
         return self.low != torch.float32
 
     @property
-    def narrow_accumulator(self) -> bool:
-        """True where dot products are added up in fewer bits than FP32."""
-        return self.recipe.accumulate.name != "fp32"
+    def accumulator(self) -> Accumulator:
+        """What dot products are added up in, for operands of this recipe."""
+        recipe = self.recipe
+        return (
+            recipe.accumulate
+            if recipe.adds_in_fp32
+            else recipe.accumulate.of(recipe.store, recipe.store)
+        )
 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,7 +90,14 @@ def make_plan(recipe: Recipe, device: str) -> Plan:
                 f"recipe {recipe} reads {role} operands in {getattr(recipe, role)} and stores "
                 f"{recipe.store}: operands and store must be one format so far"
             )
-    for role in ("accumulate", "master", "optimizer"):
+    if not recipe.adds_in_fp32:
+        if low == torch.float32:
+            raise SwitchError(
+                f"recipe {recipe}: accumulate={recipe.accumulate} has no executor with store=fp32; "
+                "fp32, or store and operands in fp16 or bf16"
+            )
+        recipe.accumulate.of(recipe.store, recipe.store)  # raises for a unit that cannot
+    for role in ("master", "optimizer"):
         name = getattr(recipe, role).name
         if name not in ("fp32", "fp16") or (name == "fp16" and low != torch.float16):
             raise SwitchError(
@@ -92,7 +105,7 @@ def make_plan(recipe: Recipe, device: str) -> Plan:
                 "fp32, or fp16 in an fp16 recipe"
             )
     emulate = device == "cpu" and low == torch.float16
-    emulate = emulate or recipe.accumulate.name != "fp32"
+    emulate = emulate or not recipe.adds_in_fp32
     plain = recipe.optimizer.name != "fp32"  # a plain 16-bit program has no FP32 islands
     return Plan(
         recipe=recipe,
@@ -127,9 +140,9 @@ def _rows(recipe: Recipe, device: str, emulate: bool, plain: bool) -> tuple[Plan
                 why="the recipe is FP32: nothing is changed",
             ),
         )
-    accumulate = recipe.accumulate.name
-    if accumulate != "fp32":
-        why = f"no {device} kernel adds in {accumulate}: each sum is rounded after every product"
+    accumulate = str(recipe.accumulate)
+    if not recipe.adds_in_fp32:
+        why = f"no {device} kernel adds in {accumulate}: each sum is rounded after every addition"
     elif emulate:
         why = "this device has no fast fp16 GEMM: FP32 kernels on operands rounded to fp16, products exact"
     else:

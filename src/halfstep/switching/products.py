@@ -21,12 +21,13 @@ from halfstep import ops
 from halfstep.format import Accumulator
 
 if TYPE_CHECKING:
-    from halfstep.format import Format
     from halfstep.switching.emulated import Emulator
 
-__all__ = ["convolve", "matmul", "repeated_rows", "rows", "wide_rows"]
+__all__ = ["FP32_SUMS", "convolution", "matmul", "repeated_rows", "rows", "wide_rows"]
 
 
+FP32_SUMS = Accumulator.parse("fp32")
+"""As FP32 kernels add, in an order of their own."""
 _TINY = 1 << 19
 
 
@@ -50,17 +51,17 @@ def _pick_gemm() -> Callable[[Tensor, Tensor], Tensor]:
 _gemm = _pick_gemm()
 
 
-def wide_rows(a: Tensor, b: Tensor, accumulate: Format) -> Tensor:
+def wide_rows(a: Tensor, b: Tensor, accumulate: Accumulator) -> Tensor:
     """``a @ b.T`` of FP32 carriers (M, K) and (N, K), added in ``accumulate``; FP32, no graph."""
-    if accumulate.name == "fp32":
+    if accumulate == FP32_SUMS:
         return _gemm(a, b)
-    return ops.multiply(a, b.t(), Accumulator.parse(accumulate))
+    return ops.multiply(a, b.t(), accumulate)
 
 
-def repeated_rows(b: Tensor, count: int, accumulate: Format) -> Callable[[Tensor], Tensor]:
+def repeated_rows(b: Tensor, count: int, accumulate: Accumulator) -> Callable[[Tensor], Tensor]:
     """`wide_rows` with ``b``, for many ``a`` of about ``count`` rows: oneDNN lays ``b`` out for it once."""
     pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    worth = count * b.numel() >= _TINY and b.device.type == "cpu" and accumulate.name == "fp32"
+    worth = count * b.numel() >= _TINY and b.device.type == "cpu" and accumulate == FP32_SUMS
     if pack is None or _gemm is F.linear or not worth:
         return lambda a: wide_rows(a, b, accumulate)
     packed = pack(b.contiguous(), count)
@@ -103,92 +104,42 @@ def rows(a: Tensor, b: Tensor, bias: Tensor | None, emulator: Emulator) -> Tenso
     return out.view(*a.shape[:-1], b.size(0))
 
 
-class _Batched(Function):
-    """``a @ b`` of carriers (batch, M, K) and (batch, K, N); gradients use the same accumulator."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, accumulate: Format) -> Tensor:
-        ctx.save_for_backward(a, b)
-        ctx.accumulate = accumulate
-        return ops.multiply(a, b, Accumulator.parse(accumulate))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        a, b = ctx.saved_tensors
-        return (
-            _Batched.apply(grad, b.transpose(-2, -1), ctx.accumulate)
-            if ctx.needs_input_grad[0]
-            else None,
-            _Batched.apply(a.transpose(-2, -1), grad, ctx.accumulate)
-            if ctx.needs_input_grad[1]
-            else None,
-            None,
-        )
-
-
-def matmul(a: Tensor, b: Tensor, accumulate: Format) -> Tensor:
+def matmul(a: Tensor, b: Tensor, accumulate: Accumulator) -> Tensor:
     """``torch.matmul`` of FP32 carriers, added in ``accumulate``; not rounded to the store format."""
-    if accumulate.name == "fp32":
+    if accumulate == FP32_SUMS:
         return torch.matmul(a, b)
-    if b.dim() == 1:
-        return matmul(a, b.unsqueeze(-1), accumulate).squeeze(-1)
-    if a.dim() == 1:
-        return matmul(a.unsqueeze(0), b, accumulate).squeeze(-2)
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    left = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
-    right = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
-    out: Any = _Batched.apply(left, right, accumulate)
-    return out.reshape(*batch, a.size(-2), b.size(-1))
+    return ops.matmul(a, b, "fp32", accumulate, gradient="fp32")
 
 
-def convolve(
-    emulator: Emulator,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    """``conv1d`` or ``conv2d``, each output one sum over channels and taps in the recipe's accumulator.
+_Convolution = Callable[[Tensor, Tensor, Tensor | None, Accumulator], Tensor]
 
-    x (N, C, [H,] W), weight (O, C / groups, [KH,] KW), low dtype in and out. The gradient of x is the sum of
-    the taps' products; those of overlapping windows are added in the low dtype, as torch's fold does.
+
+def convolution(name: str, args: tuple[Any, ...]) -> _Convolution | None:
+    """The convolution of input, weight and bias that a call of that operation is; None for others.
+
+    Carriers in, FP32 out, not rounded to the store format; see `halfstep.ops.conv2d`.
     """
-    if weight.dim() == 3:
-        out = convolve(
-            emulator,
-            x.unsqueeze(-2),
-            weight.unsqueeze(-2),
-            bias,
-            (1, *_pair(stride, 1)),
-            (0, *_pair(padding, 1)),
-            (1, *_pair(dilation, 1)),
-            groups,
-        )
-        return out.squeeze(-2)
-    if x.dim() == 3:
-        return convolve(
-            emulator, x.unsqueeze(0), weight, bias, stride, padding, dilation, groups
-        ).squeeze(0)
-    (sh, sw), (ph, pw), (dh, dw) = (_pair(v, 2) for v in (stride, padding, dilation))
-    n, _, height, width = x.shape
-    out_channels, _, kh, kw = weight.shape
-    out_h = (height + 2 * ph - dh * (kh - 1) - 1) // sh + 1
-    out_w = (width + 2 * pw - dw * (kw - 1) - 1) // sw + 1
-    taps = F.unfold(x, (kh, kw), (dh, dw), (ph, pw), (sh, sw))  # (N, C KH KW, L)
-    biases = (None,) * groups if bias is None else bias.chunk(groups)
-    parts = [
-        rows(t.transpose(1, 2), w.reshape(w.size(0), -1), part, emulator)
-        for t, w, part in zip(taps.chunk(groups, 1), weight.chunk(groups, 0), biases, strict=True)
-    ]
-    out = torch.cat(parts, 2) if groups > 1 else parts[0]  # (N, L, O)
-    return out.transpose(1, 2).reshape(n, out_channels, out_h, out_w)
+    rest = args[3:]
+    if name in ("convolution", "_convolution"):
+        stride, padding, dilation, transposed, more, groups = args[3:9]
+        name = f"conv{'_transpose' if transposed else ''}{args[1].dim() - 2}d"
+        rest = (stride, padding, *((more, groups, dilation) if transposed else (dilation, groups)))
+    op = _CONVOLUTIONS.get(name)
+    if op is None:
+        return None
+    return lambda x, weight, bias, accumulate: op(
+        x, weight, bias, *rest, operands="fp32", accumulate=accumulate, gradient="fp32"
+    )
 
 
-def _pair(value: Any, n: int) -> tuple[int, ...]:
-    if isinstance(value, int):
-        return (value,) * n
-    values = tuple(value)
-    return values * n if len(values) == 1 and n > 1 else values
+_CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {
+    op.__name__: op
+    for op in (
+        ops.conv1d,
+        ops.conv2d,
+        ops.conv3d,
+        ops.conv_transpose1d,
+        ops.conv_transpose2d,
+        ops.conv_transpose3d,
+    )
+}

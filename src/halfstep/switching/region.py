@@ -137,7 +137,7 @@ class Region:
         # At scale 1 a plain cast is a boundary: torch's own node turns the gradient to FP32.
         self.lowers_through_boundary = scaled
         self.buckets = buckets
-        self.emulator = Emulator(plan.low, plan.recipe.accumulate)
+        self.emulator = Emulator(plan.low, plan.accumulator)
         self._low = plan.low
         self._autocast_device = plan.device
         self._copies: dict[tuple[int, torch.dtype], Tensor] = {}
