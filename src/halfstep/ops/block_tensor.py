@@ -18,6 +18,7 @@ from halfstep.format import BlockFormat
 from halfstep.ops.backends import Backend, choose
 from halfstep.ops.bit_packing import packed_length, stored_as
 from halfstep.ops.block_reference import Parts, scales_shape
+from halfstep.ops.custom import outside_graphs
 from halfstep.ops.rounding import CARRIERS
 
 __all__ = ["BlockTensor"]
@@ -112,6 +113,7 @@ class BlockTensor:
         """How many numbers it stands for."""
         return self.shape.numel()
 
+    @outside_graphs
     def dequantize(
         self,
         dtype: torch.dtype | None = None,

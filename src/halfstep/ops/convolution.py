@@ -20,6 +20,7 @@ from halfstep.ops.arithmetic import (
     next_key,
     rounded,
 )
+from halfstep.ops.custom import outside_graphs
 from halfstep.ops.random_bits import Key
 from halfstep.ops.windows import Form, Geometry, convolve
 
@@ -216,6 +217,7 @@ def conv_transpose3d(
     )  # fmt: skip
 
 
+@outside_graphs
 def _conv(
     dims: int,
     input: Tensor,
@@ -254,6 +256,7 @@ def _conv(
     return _convolved(op, Form.OUTPUT, input, weight, bias, geometry, how, generator)
 
 
+@outside_graphs
 def _transposed(
     dims: int,
     input: Tensor,

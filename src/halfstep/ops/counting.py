@@ -9,10 +9,12 @@ from torch import Tensor
 
 from halfstep.errors import OperandError
 from halfstep.ops.backends import Backend, choose
+from halfstep.ops.custom import outside_graphs
 
 __all__ = ["count_nonfinite", "unscale"]
 
 
+@outside_graphs
 def count_nonfinite(
     tensors: Sequence[Tensor], *, backend: Backend | str = Backend.AUTO
 ) -> list[int]:
@@ -42,6 +44,7 @@ def count_nonfinite(
         return choice.function(dense)
 
 
+@outside_graphs
 def unscale(
     tensors: Sequence[Tensor], scale: float, *, backend: Backend | str = Backend.AUTO
 ) -> list[Tensor]:

@@ -40,7 +40,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,9 +54,12 @@ __all__ = [
     "format_text",
     "is_traced",
     "operator",
+    "outside_graphs",
     "seed_for",
     "straight_through",
 ]
+
+F_ = TypeVar("F_", bound=Callable[..., Any])
 
 # Formats that no name means, by the text that stands for them in the graphs of this process.
 _OWN: dict[str, Format] = {}
@@ -102,6 +105,16 @@ def straight_through(arguments: int) -> Callable[..., tuple[Tensor | None, ...]]
         return (gradient, *[None] * (arguments - 1))
 
     return backward
+
+
+def outside_graphs(function: F_) -> F_:
+    """``function``, run eagerly where `torch.compile` meets it: the graph ends before and goes on after.
+
+    For ops that are no node yet: traced, the addresses of tensors would become constants.
+    """
+    return torch.compiler.disable(  # pyright: ignore[reportReturnType]
+        function, reason="it is no node of graphs yet; leave fullgraph=True away"
+    )
 
 
 def choice_text(choice: object) -> str:

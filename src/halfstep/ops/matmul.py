@@ -25,6 +25,7 @@ from halfstep.ops.arithmetic import (
     rounded,
 )
 from halfstep.ops.backends import Backend, choose
+from halfstep.ops.custom import outside_graphs
 from halfstep.ops.integer_sums import result_dtype, takes_bytes
 from halfstep.ops.random_bits import Key
 from halfstep.ops.sparsity import Sparse, compressed, prune_2_4
@@ -34,6 +35,7 @@ __all__ = ["matmul", "multiply", "product"]
 _GATHERED = 2**22  # numbers of the right operand that are gathered at once for a sparse left one
 
 
+@outside_graphs
 def matmul(
     a: Tensor,
     b: Tensor,
@@ -254,6 +256,7 @@ def _folded(kept: torch.Size, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+@outside_graphs
 def multiply(
     a: Tensor,
     b: Tensor,
