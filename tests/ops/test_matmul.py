@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -329,3 +330,94 @@ def test_errors_say_what_is_allowed(a: Tensor, b: Tensor, options: dict, text: s
     with pytest.raises(HalfstepError) as raised:
         halfstep.matmul(a, b, **options)
     assert str(raised.value).startswith(text)
+
+
+def several(kind: str, *shape: int, seed: int) -> Tensor:
+    """Operands that each way of adding natively is chosen for, or must not be."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator)
+    if kind == "ties":  # sums of few digits, half of them between two numbers
+        return torch.randint(-4000, 4000, shape, generator=generator).float()
+    if kind == "few digits":
+        return halfstep.round_to(x, "e4m3")
+    if kind == "sixteen digits":
+        return halfstep.round_to(x, "bf16")
+    if kind == "wide range":
+        return x * 2.0 ** torch.randint(-30, 10, shape, generator=generator)
+    if kind == "one sign":
+        return halfstep.round_to(x.abs() * 3, "fp16")
+    if kind == "sparse":
+        return halfstep.round_to(x * (torch.rand(*shape, generator=generator) < 0.3), "fp16")
+    if kind == "not finite":
+        x[torch.rand(*shape, generator=generator) < 0.002] = math.inf
+    return x
+
+
+KINDS = ["ties", "few digits", "sixteen digits", "wide range", "one sign", "sparse", "not finite"]
+
+
+@pytest.mark.skipif(not NATIVE_SETS, reason="needs the extension")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "accumulate",
+    [
+        "fp16",
+        "e5m2",
+        "bf16",
+        "e4m3fn",
+        "e4m3:saturate",
+        "e6m14",
+        "fp32/up",
+        "bf16/away",
+        "e5m10/toward_zero/products-rounded",
+        "e6m9/down/chunk16",
+        "fp16/products-rounded",
+        "bf16/stochastic",
+        "e4m3/stochastic/chunk16/between-fp32",
+        "fp16/chunk24/split3",
+        "e5m2/pairwise/stochastic",
+        "fp16/kahan/split2",
+        "e8m22",
+    ],
+)
+def test_native_sums_equal_the_reference(accumulate: str, kind: str):
+    a, b = several(kind, 7, 90, seed=SEED), several(kind, 90, 37, seed=SEED + 1)
+    start = halfstep.round_to(several(kind, 37, seed=SEED + 2), "fp16")
+    check_native(a, b, accumulate, start)
+    check_native(a[:1], b, accumulate, None)  # one row, few columns: tiles of other forms
+    check_native(a, b.t().contiguous().t()[:, :3], accumulate, None)
+
+
+def check_native(a: Tensor, b: Tensor, accumulate: str, start: Tensor | None) -> None:
+    def on_backend(backend: str) -> Tensor:
+        generator = torch.Generator().manual_seed(SEED)
+        options: Any = {"initial": start, "backend": backend, "generator": generator}
+        return halfstep.matmul(a, b, "fp32", accumulate, **options)
+
+    right = on_backend("reference")
+    for name in NATIVE_SETS:
+        with native.instruction_set(name):
+            assert same_numbers(on_backend("native"), right).all(), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NATIVE_SETS, reason="needs the extension")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "accumulate",
+    ["fp16", "bf16", "e4m3", "fp32", "fp16/chunk64/between-fp32", "e6m9/stochastic", "fp16/away"],
+)
+def test_large_products_equal_the_reference(accumulate: str, kind: str):
+    """More than one block of rows, of columns and of depth."""
+    a, b = several(kind, 130, 600, seed=SEED), several(kind, 600, 150, seed=SEED + 1)
+    check_native(a, b, accumulate, None)
+    check_native(a[:3].repeat(1, 5), b[:, :2].repeat(5, 1), accumulate, None)
+
+
+def test_negative_zero_starts_and_stays():
+    zero = torch.zeros(1, 1)
+    start = torch.tensor(-0.0)
+    for accumulate in ("fp16", "fp16/products-rounded", "bf16/toward_zero"):
+        for backend in ("reference", "auto"):
+            found = halfstep.matmul(zero, -zero, "fp32", accumulate, initial=start, backend=backend)
+            assert found.signbit().item(), (accumulate, backend)

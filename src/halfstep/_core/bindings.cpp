@@ -15,6 +15,10 @@
 #include "types.hpp"
 
 namespace nb = nanobind;
+
+namespace halfstep {
+void bind_dot(nb::module_& m);
+}
 using namespace halfstep;
 
 void bind_blocks(nb::module_& m);
@@ -25,7 +29,6 @@ namespace {
 // cache anyway is written past them; both measured, see docs/decisions/0011.
 constexpr std::size_t grain = std::size_t(1) << 16;
 constexpr std::size_t stream_from = std::size_t(1) << 22;
-constexpr double dot_small = 1 << 19;  // multiply-adds that are not worth a thread
 
 void round_to(std::uintptr_t x, int x_carrier, std::uintptr_t out, int out_carrier, std::size_t n,
               const Grid& grid, int rounding, std::uint32_t key_low, std::uint32_t key_high,
@@ -84,41 +87,6 @@ void widen(const std::vector<std::uintptr_t>& arrays, const std::vector<std::uin
   });
 }
 
-// Blocks of all matrices of the batch, spread over threads. a_starts and b_starts are where each
-// matrix begins, in elements; out is contiguous.
-void dot_accumulate(std::uintptr_t a, std::uintptr_t a_starts, std::ptrdiff_t a_row,
-                    std::ptrdiff_t a_column, std::uintptr_t b, std::uintptr_t b_starts, std::ptrdiff_t b_row,
-                    std::ptrdiff_t b_column, std::uintptr_t out, std::size_t batch, std::size_t m,
-                    std::size_t n, std::size_t k, const Grid& grid, int threads) {
-  const auto* a_start = reinterpret_cast<const std::int64_t*>(a_starts);
-  const auto* b_start = reinterpret_cast<const std::int64_t*>(b_starts);
-  const std::size_t down = (m + dot_rows - 1) / dot_rows;
-  const std::size_t across = (n + dot_columns - 1) / dot_columns;
-  const Kernels* kernels = kernels_in_use();
-  const bool small = double(batch) * double(m) * double(n) * double(k) < dot_small;
-  const auto run = [&](std::size_t begin, std::size_t end) {
-    alignas(64) float panel[dot_columns * dot_panel_depth];  // 64 KiB of stack
-    for (std::size_t i = begin; i < end; ++i) {
-      const std::size_t matrix = i / (down * across);
-      const std::size_t row = i % down * dot_rows, column = i / down % across * dot_columns;
-      const DotBlock block{
-          reinterpret_cast<const float*>(a) + a_start[matrix] + std::ptrdiff_t(row) * a_row,
-          a_row,
-          a_column,
-          reinterpret_cast<const float*>(b) + b_start[matrix] + std::ptrdiff_t(column) * b_column,
-          b_row,
-          b_column,
-          reinterpret_cast<float*>(out) + (matrix * m + row) * n + column,
-          n,
-          std::min(dot_rows, m - row),
-          std::min(dot_columns, n - column),
-          k};
-      kernels->dot_accumulate(block, grid, panel);
-    }
-  };
-  parallel_for(batch * down * across, 1, small ? 1 : threads, run);
-}
-
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->name);
@@ -153,10 +121,7 @@ NB_MODULE(_core, m) {
   m.def("widen", &widen, nb::arg("arrays"), nb::arg("outs"), nb::arg("sizes"), nb::arg("carriers"),
         nb::arg("scale"), nb::arg("threads"), released);
 
-  m.def("dot_accumulate", &dot_accumulate, nb::arg("a"), nb::arg("a_starts"), nb::arg("a_row"),
-        nb::arg("a_column"), nb::arg("b"), nb::arg("b_starts"), nb::arg("b_row"), nb::arg("b_column"), nb::arg("out"),
-        nb::arg("batch"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("grid"),
-        nb::arg("threads"), released);
+  bind_dot(m);
 
   bind_units(m);
   bind_blocks(m);

@@ -3,7 +3,8 @@
 #include "lanes_portable.hpp"
 #include "blocks.hpp"
 #include "count.hpp"
-#include "dot_portable.hpp"
+#include "dot_fast.hpp"
+#include "dot_lanes_avx2.hpp"
 #include "round.hpp"
 #include "widen.hpp"
 #include "fixed.hpp"
@@ -19,7 +20,7 @@ const Kernels avx2_kernels = {
     quantize_blocks<Avx2Lanes>,
     dequantize_blocks<Avx2Lanes>,
     top_magnitude<Avx2Lanes>,
-    dot_portable,
+    dot_fast<Avx2Dot>,
 };
 
 const UnitKernel avx2_unit = {"avx2", unit_task<Vectors32>, fixed_tasks};

@@ -3,7 +3,8 @@
 #include "lanes_portable.hpp"
 #include "blocks.hpp"
 #include "count.hpp"
-#include "dot_avx512.hpp"
+#include "dot_fast.hpp"
+#include "dot_lanes_avx512.hpp"
 #include "round.hpp"
 #include "widen.hpp"
 #include "fixed.hpp"
@@ -19,7 +20,7 @@ const Kernels avx512_kernels = {
     quantize_blocks<Avx512Lanes>,
     dequantize_blocks<Avx512Lanes>,
     top_magnitude<Avx512Lanes>,
-    dot_avx512,
+    dot_fast<Avx512Dot>,
 };
 
 const UnitKernel avx512_unit = {"avx512", unit_task<Vectors64>, fixed_tasks};

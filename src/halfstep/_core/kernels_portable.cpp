@@ -2,7 +2,7 @@
 #include "lanes_portable.hpp"
 #include "blocks.hpp"
 #include "count.hpp"
-#include "dot_portable.hpp"
+#include "dot_careful.hpp"
 #include "round.hpp"
 #include "widen.hpp"
 #include "fixed.hpp"
@@ -18,7 +18,7 @@ const Kernels portable_kernels = {
     quantize_blocks<Portable32>,
     dequantize_blocks<Portable32>,
     top_magnitude<Portable32>,
-    dot_portable,
+    dot_careful,
 };
 
 const UnitKernel portable_unit = {"portable", unit_task<Vectors16>, fixed_tasks};

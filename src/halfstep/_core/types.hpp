@@ -34,21 +34,40 @@ struct Key {
   std::uint32_t high;
 };
 
-// out[rows, columns] += a[rows, depth] @ b[depth, columns]. Strides are in elements; rows of out are
-// contiguous.
-struct DotBlock {
+enum class Order : int { sequential, pairwise, compensated };
+
+// How products are added; halfstep.format.Accumulator. Grids for float64.
+struct DotSum {
+  Grid adder;
+  Grid between;
+  Grid start;  // of what the sums start from, to nearest
+  bool between_differs;  // from the adder
+  Rounding rounding;
+  bool products_rounded;
+  Order order;
+  std::size_t chunk;  // 0: all in one
+  std::size_t split;
+  Key key;
+};
+
+// out[rows, columns] += a[rows, depth] @ b[depth, columns]. Strides are in elements. `element` is
+// the place of out[0, 0] in the whole result, which its random bits depend on.
+struct DotWork {
   const float* a;
   std::ptrdiff_t a_row, a_column;
   const float* b;
   std::ptrdiff_t b_row, b_column;
   float* out;
-  std::size_t out_row;
+  std::ptrdiff_t out_row, out_column;
   std::size_t rows, columns, depth;
+  std::uint64_t element, element_row, element_column;
+  float* scratch;  // dot_scratch of them, aligned to 64 bytes
 };
 
-constexpr std::size_t dot_rows = 48;          // the most of one block
-constexpr std::size_t dot_columns = 32;       // the most of one block
-constexpr std::size_t dot_panel_depth = 512;  // of the scratch space, which has dot_columns too
+constexpr std::size_t dot_rows = 96;      // the most of one work
+constexpr std::size_t dot_columns = 128;  // the most of one work
+constexpr std::size_t dot_depth = 256;    // of a panel, of which there may be many
+constexpr std::size_t dot_scratch = (dot_rows + dot_columns) * dot_depth + 3 * dot_rows * dot_columns;
 
 // x is float64 and so is out, or none of them is.
 struct RoundArrays {
@@ -112,7 +131,7 @@ struct Kernels {
                             const BlockArrays& arrays, std::size_t begin, std::size_t end);
   std::uint32_t (*top_magnitude)(const void* x, std::size_t n, Carrier carrier, std::size_t size,
                                  std::uint32_t* tops);
-  void (*dot_accumulate)(const DotBlock& block, const Grid& grid, float* panel);
+  void (*dot)(const DotWork& work, const DotSum& sum);
 };
 
 extern const Kernels portable_kernels;

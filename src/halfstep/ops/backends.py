@@ -156,7 +156,7 @@ TABLE = (
         backend=Backend.NATIVE,
         function=native.matmul_into,
         refuses=native.refuses_matmul,
-        covers="eXmY up to 21 mantissa bits, sequential, fused, to nearest; AVX-512, else plain C++",
+        covers="every accumulator; fastest sequential, up to 14 mantissa bits or fp32, finite operands",
     ),
     _MATMUL_ON_GPU,
     Row(

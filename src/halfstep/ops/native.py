@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfstep.format import Accumulator, Format, Kind, Rounding, Specials, Unit, overflow
+from halfstep.format import Accumulator, Format, Kind, Order, Products, Rounding, Unit, overflow
 from halfstep.ops import reference
 from halfstep.ops.layout import PLAIN, in_memory_order, is_dense, overlaps, refuses_memory, starts
 from halfstep.ops.random_bits import Key
@@ -42,8 +42,6 @@ __all__ = [
     "round_into",
     "unscale",
 ]
-
-_MOST_DIGITS = 22  # two less than float32's, which a rounding in two steps needs to be exact
 
 # as in _core/types.hpp
 _CARRIERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -139,11 +137,7 @@ def refuses_matmul(accumulator: Accumulator, tensors: Sequence[Tensor]) -> str:
     adder = accumulator.adder
     if isinstance(adder, Unit):
         return "units have kernels of their own"
-    if adder.specials is not Specials.IEEE or adder.precision > _MOST_DIGITS:
-        return f"no native kernel adds in {adder}"
-    if accumulator != Accumulator.parse(adder):
-        return f"no native kernel adds as {accumulator} does"
-    return refuses_round(adder, tensors)
+    return refuses_round(adder, tensors) or refuses_round(accumulator.between, ())
 
 
 def matmul_into(
@@ -151,13 +145,15 @@ def matmul_into(
 ) -> None:
     """Writes ``a @ b + initial`` to ``out``, added as the accumulator says; see `halfstep.matmul`.
 
-    ``out`` is contiguous; ``a`` and ``b`` may be broadcast.
+    ``out`` is contiguous; ``a``, ``b`` and ``initial`` may be broadcast.
     """
     if not out.numel():
         return
-    round_into(out, initial.to(torch.float32), accumulator.format, Rounding.NEAREST, key)
+    one = initial.dtype is torch.float32 and not any(initial.stride())
+    if not one:
+        round_into(out, initial, _start(accumulator), Rounding.NEAREST, key)
     a_starts, b_starts = starts(a), starts(b)
-    _core.dot_accumulate(
+    _core.dot(
         a=a.data_ptr(),
         a_starts=a_starts.data_ptr(),
         a_row=a.stride(-2),
@@ -167,14 +163,41 @@ def matmul_into(
         b_row=b.stride(-2),
         b_column=b.stride(-1),
         out=out.data_ptr(),
+        start=initial.data_ptr() if one else 0,
         batch=len(a_starts),
         m=a.shape[-2],
         n=b.shape[-1],
         k=a.shape[-1],
-        grid=_grid(accumulator.format, Rounding.NEAREST, torch.float32),
+        sum=_sum(accumulator),
+        key_low=key.low,
+        key_high=key.high,
         threads=torch.get_num_threads(),
     )
     torch.autograd.graph.increment_version(out)
+
+
+def _start(accumulator: Accumulator) -> Format:
+    """What the numbers that sums start from are rounded to."""
+    grouped = accumulator.chunk > 0 or accumulator.split > 1
+    return accumulator.between if grouped else accumulator.format
+
+
+@cache
+def _sum(accumulator: Accumulator) -> Any:
+    between_differs = accumulator.between != accumulator.adder
+    between = Rounding.NEAREST if between_differs else accumulator.rounding
+    pairwise = accumulator.order is Order.PAIRWISE
+    return _core.DotSum(
+        adder=_grid(accumulator.format, accumulator.rounding, torch.float64),
+        between=_grid(accumulator.between, between, torch.float64),
+        start=_grid(_start(accumulator), Rounding.NEAREST, torch.float64),
+        between_differs=between_differs,
+        rounding=_CODES[accumulator.rounding],
+        products_rounded=accumulator.products is Products.ROUNDED,
+        order=1 if pairwise else 2 if accumulator.compensated else 0,
+        chunk=accumulator.chunk,
+        split=accumulator.split,
+    )
 
 
 def refuses_count(format: Format | None, tensors: Sequence[Tensor]) -> str:
