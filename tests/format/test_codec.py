@@ -18,7 +18,8 @@ from halfstep.format import Format, Kind, Rounding, decode, encode, round_number
 
 _SMALL = """
 bf16 fp16 e5m2 e4m3fn e4m3 e3m2 e2m3 e2m1 e8m0 int8 int4 int2 ternary binary e6m9 e1m0
-e1m3 e2m0 e3m0 e8m1 q3.5 q1.7
+e1m3 e2m0 e3m0 e8m1 q3.5 q1.7 e4m3fnuz e5m2fnuz binary8p1se binary8p1sf binary8p3se binary8p4sf
+binary8p7se binary8p7sf fp16:flush e4m3fn:flush binary8p3se:flush int8:wrap
 """
 SMALL = _SMALL.split()
 DETERMINISTIC = [r for r in Rounding if r is not Rounding.STOCHASTIC]
@@ -60,6 +61,8 @@ def test_every_code_comes_back(name: str):
         ("e2m3", ml_dtypes.float6_e2m3fn),
         ("e2m1", ml_dtypes.float4_e2m1fn),
         ("e8m0", ml_dtypes.float8_e8m0fnu),
+        ("e4m3fnuz", ml_dtypes.float8_e4m3fnuz),
+        ("e5m2fnuz", ml_dtypes.float8_e5m2fnuz),
     ],
 )
 def test_every_code_means_what_ml_dtypes_says(name: str, dtype: type):
@@ -75,12 +78,22 @@ def tie(a: Fraction, b: Fraction, f: Format) -> Fraction:
     """IEEE 754-2019, section 4.3.1: if the two nearest are equally near, "the one with an even
     least significant digit shall be delivered; if that is not possible, the one larger in
     magnitude" (which happens where there is but one digit)."""
-    if f.kind is Kind.FLOAT and f.mantissa_bits == 0:
+    if f.kind is Kind.FLOAT and f.mantissa_bits == 0 and not f.odd_exponents:
         return Fraction(0) if 0 in (a, b) else max(a, b, key=abs)
     return next(v for v in (a, b) if encode(v, f) % 2 == 0)
 
 
-@pytest.mark.parametrize("name", ["e4m3fn", "e2m1", "e3m2", "e1m3", "e2m0", "int4", "q3.5", "e8m0"])
+def odd_one(a: Fraction, b: Fraction, f: Format) -> Fraction:
+    """Without a mantissa all numbers but 0 are odd, and the one nearer to zero stays."""
+    if f.kind is Kind.FLOAT and f.mantissa_bits == 0 and not f.odd_exponents and 0 not in (a, b):
+        return min(a, b, key=abs)
+    return a if a != tie(a, b, f) else b
+
+
+_NEIGHBOURLY = "e4m3fn e2m1 e3m2 e1m3 e2m0 int4 q3.5 e8m0 binary8p1se binary8p3se binary8p4sf"
+
+
+@pytest.mark.parametrize("name", _NEIGHBOURLY.split())
 @pytest.mark.parametrize("rounding", DETERMINISTIC)
 def test_rounding_between_all_neighbours(name: str, rounding: Rounding):
     """Between neighbours a < b: just above a, the middle, just below b."""
@@ -94,6 +107,7 @@ def test_rounding_between_all_neighbours(name: str, rounding: Rounding):
             Rounding.TOWARD_ZERO: [a, a, a] if a >= 0 else [b, b, b],
             Rounding.UP: [b, b, b],
             Rounding.DOWN: [a, a, a],
+            Rounding.TO_ODD: [odd_one(a, b, f)] * 3,
         }[rounding]
         found = [round_number(v, f, rounding) for v in (a + tiny, (a + b) / 2, b - tiny)]
         assert found == expected
@@ -115,6 +129,16 @@ def test_rounding_between_all_neighbours(name: str, rounding: Rounding):
         ("e4m3fn:nan", 464.0, 448.0),
         ("e4m3fn:nan", 464.001, math.nan),
         ("e4m3fn:nan", math.inf, math.nan),
+        ("e4m3fnuz", 248.0, math.nan),
+        ("e4m3fnuz", -0.0, 0.0),
+        ("binary8p3se", 53248.0, 49152.0),
+        ("binary8p3se", 53249.0, math.inf),
+        ("binary8p3sf", 1e9, 57344.0),
+        ("binary8p3sf:nan", 1e9, math.nan),
+        ("binary8p1se", 3.0, 4.0),  # exponents 1 and 2 with bias 64: the code of 4 is even
+        ("binary8p1se", 6.0, 4.0),
+        ("binary8p1se", -1e-30, 0.0),
+        ("q3.5:wrap", 4.0, -4.0),
         ("e2m1", 100.0, 6.0),
         ("e2m1", math.nan, math.nan),
         ("int8", 127.6, 127.0),
@@ -135,6 +159,46 @@ def test_rounding_between_all_neighbours(name: str, rounding: Rounding):
 )
 def test_ends_of_the_range(name: str, value: float, expected: float):
     assert same(round_number(value, Format.parse(name)), expected)
+
+
+QUARTER = 2.0**-26  # of fp16's spacing just below 2^-14, its smallest normal number
+
+
+@pytest.mark.parametrize(
+    ("rounding", "value", "expected"),
+    [
+        # rounded to 11 bits with the spacing of the binade below, 2^-25: a tie goes to 2^-14
+        (Rounding.NEAREST, 2.0**-14 - QUARTER, 2.0**-14),
+        (Rounding.NEAREST, -(2.0**-14) + QUARTER, -(2.0**-14)),
+        (Rounding.NEAREST, 2.0**-14 - QUARTER * 1.001, 0.0),
+        (Rounding.NEAREST, -(2.0**-14) + QUARTER * 1.001, -0.0),
+        (Rounding.NEAREST, 2.0**-24, 0.0),
+        (Rounding.AWAY, 2.0**-14 - QUARTER, 2.0**-14),
+        (Rounding.TOWARD_ZERO, 2.0**-14 - QUARTER / 64, 0.0),
+        (Rounding.UP, 2.0**-14 - QUARTER * 1.999, 2.0**-14),
+        (Rounding.UP, 2.0**-14 - QUARTER * 2, 0.0),  # it is a number of 11 bits: a subnormal one
+        (Rounding.UP, 1e-30, 0.0),
+        (Rounding.DOWN, -(2.0**-14) + QUARTER / 64, -(2.0**-14)),
+        (Rounding.DOWN, -1e-30, -0.0),
+        (Rounding.DOWN, 2.0**-14 - QUARTER / 64, 0.0),
+        (Rounding.TO_ODD, 2.0**-14 - QUARTER / 64, 0.0),
+        (Rounding.TO_ODD, 2.0**-14, 2.0**-14),
+    ],
+)
+def test_subnormals_are_flushed_after_rounding(rounding: Rounding, value: float, expected: float):
+    """IEEE 754-2019, section 7.5: tiny is what "computed as though the exponent range were
+    unbounded" lies below the smallest normal number."""
+    assert same(round_number(value, Format.parse("fp16:flush"), rounding), expected)
+
+
+@pytest.mark.parametrize("rounding", DETERMINISTIC)
+def test_wrapping_is_twos_complement(rounding: Rounding):
+    f = Format.parse("int8:wrap")
+    for value in (127, 128, -128, -129, 255, 256, 300, -1000, 2**40 + 5):
+        expected = (value + 128) % 256 - 128
+        assert round_number(Fraction(value), f, rounding) == expected
+    assert round_number(127.5, f) == -128
+    assert math.isnan(round_number(math.inf, f))
 
 
 def test_directed_roundings_stop_at_the_largest():

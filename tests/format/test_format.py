@@ -10,16 +10,25 @@ import ml_dtypes
 import pytest
 
 from halfstep.errors import FormatError, UnknownNameError
-from halfstep.format import Format, Kind, Overflow, Rounding, Specials, formats
+from halfstep.format import Format, Kind, Overflow, Rounding, Specials, Subnormals, formats
 
 _NAMED = """
-fp32 tf32 bf16 fp16 e5m2 e4m3fn e4m3 e3m2 e2m3 e2m1 e8m0 int8 int4 ternary binary
+fp32 tf32 bf16 fp16 e5m2 e4m3fn e4m3 e4m3fnuz e5m2fnuz
+binary8p1se binary8p1sf binary8p2se binary8p2sf binary8p3se binary8p3sf binary8p4se binary8p4sf
+binary8p5se binary8p5sf binary8p6se binary8p6sf binary8p7se binary8p7sf
+e3m2 e2m3 e2m1 e8m0 int8 int4 ternary binary
 """
 NAMED = _NAMED.split()
 _FAMILY = """
 e6m9 e1m0 e1m3 e2m0 e8m22 e7m23 int2 int32 q1.7 q8.8 q3.29
 """
 FAMILY = _FAMILY.split()
+
+_SUFFIXED = """
+e4m3fn:nan fp16:saturate e6m9:nan e4m3fn:flush e5m2:saturate:flush int16:wrap q3.5:wrap
+binary8p3sf:nan:flush
+"""
+SUFFIXED = _SUFFIXED.split()
 
 # name: max, lowest, smallest, smallest normal, eps, bits, inf, nan; from the standards' own tables
 LIMITS = {
@@ -29,6 +38,14 @@ LIMITS = {
     "e5m2": (57344, -57344, 2**-16, 2**-14, 2**-2, 8, 1, 1),
     "e4m3fn": (448, -448, 2**-9, 2**-6, 2**-3, 8, 0, 1),
     "e4m3": (240, -240, 2**-9, 2**-6, 2**-3, 8, 1, 1),
+    "e4m3fnuz": (240, -240, 2**-10, 2**-7, 2**-3, 8, 0, 1),
+    "e5m2fnuz": (57344, -57344, 2**-17, 2**-15, 2**-2, 8, 0, 1),
+    "binary8p1se": (2.0**62, -(2.0**62), 2**-63, 2**-63, 1, 8, 1, 1),
+    "binary8p3se": (49152, -49152, 2**-17, 2**-15, 2**-2, 8, 1, 1),
+    "binary8p4se": (224, -224, 2**-10, 2**-7, 2**-3, 8, 1, 1),
+    "binary8p4sf": (240, -240, 2**-10, 2**-7, 2**-3, 8, 0, 1),
+    "binary8p7sf": (1.984375, -1.984375, 2**-6, 1, 2**-6, 8, 0, 1),
+    "fp16:flush": (65504, -65504, 2**-14, 2**-14, 2**-10, 16, 1, 1),
     "e3m2": (28, -28, 0.0625, 0.25, 0.25, 6, 0, 0),
     "e2m3": (7.5, -7.5, 0.125, 1, 0.125, 6, 0, 0),
     "e2m1": (6, -6, 0.5, 1, 0.5, 4, 0, 0),
@@ -73,7 +90,7 @@ def test_limits_are_those_of_ml_dtypes(name: str, other: type):
     assert f.min_exponent == int(limits.minexp)
 
 
-@pytest.mark.parametrize("name", [*NAMED, *FAMILY, "e4m3fn:nan", "fp16:saturate", "e6m9:nan"])
+@pytest.mark.parametrize("name", [*NAMED, *FAMILY, *SUFFIXED])
 def test_name_is_the_text_form(name: str):
     f = Format.parse(name)
     assert str(f) == name
@@ -111,6 +128,13 @@ def test_catalogue_is_by_name_and_says_its_sources():
         ("q8.0", "int8"),
         ("q5.0", "int5"),
         ("e4m3fn:saturate", "e4m3fn"),
+        ("e4m3fn:keep:nan:saturate", "e4m3fn"),
+        ("e5m2:flush:saturate", "e5m2:saturate:flush"),
+        ("p3109_k8p3se", "binary8p3se"),
+        ("p3109_k8p3sf", "binary8p3sf"),
+        ("p3109_8p3", "binary8p3se"),
+        ("binary8p4", "binary8p4se"),
+        ("torch.float8_e4m3fnuz", "e4m3fnuz"),
     ],
 )
 def test_synonyms(given: str, name: str):
@@ -154,9 +178,26 @@ def test_unknown_names_are_met_with_near_ones(given: object, text: str):
         ("int1", "int1: 1 integer and 0 fraction bits; a fixed-point format has 1 or more"),
         ("int33", "int33: 33 integer and 0 fraction bits; "),
         ("q0.8", "q0.8: 0 integer and 8 fraction bits; "),
-        ("fp16:wrap", "overflow 'wrap' in format 'fp16:wrap'; allowed after the colon: inf, "),
-        ("int8:inf", "int8:inf: overflow to inf, which no code means; allowed: saturate"),
-        ("e4m3fn:inf", "e4m3fn:inf: overflow to inf, which no code means; allowed: saturate, nan"),
+        (
+            "fp16:sat",
+            "suffix 'sat' in format 'fp16:sat'; allowed after a colon: inf, saturate, nan, ",
+        ),
+        (
+            "fp16:wrap",
+            "fp16:wrap: overflow to wrap, which this format cannot; allowed: saturate, inf",
+        ),
+        (
+            "int8:inf",
+            "int8:inf: overflow to inf, which this format cannot; allowed: saturate, wrap",
+        ),
+        ("ternary:wrap", "ternary:wrap: overflow to wrap, which this format cannot; "),
+        ("int8:flush", "int8:flush: flushes subnormal numbers; only a floating-point format with"),
+        ("e1m3:flush", "e1m3:flush: flushes subnormal numbers; only a floating-point format with"),
+        ("e8m0:flush", "e8m0:flush: flushes subnormal numbers; only a floating-point format with"),
+        (
+            "e4m3fn:inf",
+            "e4m3fn:inf: overflow to inf, which this format cannot; allowed: saturate, nan",
+        ),
     ],
 )
 def test_impossible_formats_are_refused(given: str, text: str):
@@ -181,6 +222,12 @@ def test_one_literal_can_say_any_of_them():
 def test_overflow_there_and_back():
     f = Format.parse("e4m3fn")
     assert f.with_overflow(Overflow.NAN).with_overflow(Overflow.SATURATE) == f
+
+
+def test_a_literal_of_ones_own_has_suffixes():
+    mine = Format(name="mine", exponent_bits=3, mantissa_bits=4, bias=4, specials=Specials.IEEE)
+    flushes = mine.with_overflow(Overflow.NAN).with_subnormals(Subnormals.FLUSH)
+    assert (flushes.name, flushes.smallest) == ("mine:nan:flush", 2.0**-3)
 
 
 def test_rounding_names():

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import halfstep
 from halfstep import ops
 from halfstep.errors import OperandError
-from halfstep.format import Format, Rounding, Specials
+from halfstep.format import Format, Overflow, Rounding, Specials, Subnormals
 from halfstep.ops.custom import format_of
 
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
@@ -85,6 +85,21 @@ def test_out_is_written(rounding: str, backend: str):
     torch.manual_seed(3)
     assert torch.equal(twice, f(numbers(50), right))
     assert torch.equal(found, right)
+
+
+def test_options_and_integers():
+    def f(x: Tensor) -> Tensor:
+        y = halfstep.round_to(x, "e4m3fn", overflow="nan", subnormals=Subnormals.FLUSH)
+        z = halfstep.round_to(x * 1000, "int8", "stochastic", overflow=Overflow.WRAP, random_bits=3)
+        return (
+            y + z + halfstep.round_to((x * 9).int(), "e3m2") + halfstep.round_to(x.long(), "int32")
+        )
+
+    torch.manual_seed(1)
+    found = compiled(f, "aot_eager")(numbers(100) * 300)
+    torch.manual_seed(1)
+    assert torch.equal(found.nan_to_num(7), f(numbers(100) * 300).nan_to_num(7))
+    assert found.dtype is torch.float64
 
 
 def test_shapes_may_be_dynamic():
@@ -181,13 +196,12 @@ def test_modes_and_subclasses():
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_the_node_keeps_pytorchs_rules(rounding: str):
     seed = torch.tensor(5) if rounding == "stochastic" else None
+    rest = ("nan", "flush", 20, "auto")
     x = numbers(5).requires_grad_()
-    torch.library.opcheck(
-        torch.ops.halfstep.round_to.default, (x, "e4m3fn", rounding, seed, "auto")
-    )
+    torch.library.opcheck(torch.ops.halfstep.round_to.default, (x, "e4m3fn", rounding, seed, *rest))
     out = torch.empty(5)
     torch.library.opcheck(
-        torch.ops.halfstep.round_into.default, (out, numbers(5), "fp16", rounding, seed, "auto")
+        torch.ops.halfstep.round_into.default, (out, numbers(5), "fp16", rounding, seed, *rest)
     )
 
 

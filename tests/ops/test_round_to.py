@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import pytest
 import torch
@@ -22,9 +23,13 @@ from halfstep.ops import native
 _EVERY = """
 fp32 tf32 bf16 fp16 e5m2 e4m3fn e4m3 e3m2 e2m3 e2m1 e8m0 int8 int4 ternary binary e6m9
 e1m0 e1m5 e2m0 e3m0 e7m23 e8m1 e8m22 q3.5 q1.15 int24 e4m3fn:nan e5m2:nan fp16:saturate
-fp16:nan
+fp16:nan e4m3fnuz e5m2fnuz binary8p1se binary8p1sf binary8p3se binary8p4sf binary8p7se
+fp32:flush bf16:flush e8m0 e8m22:flush fp16:flush e4m3fn:nan:flush e3m0:flush e5m0 binary8p1se:flush
+e7m0:flush int8:wrap q3.5:wrap int24:wrap e8m23
 """
 EVERY = _EVERY.split()
+_FEW = "fp16 e4m3fn e2m1 bf16 int8 q3.5 binary fp16:flush bf16:flush binary8p1se int8:wrap e8m0"
+FEW = _FEW.split()
 ROUNDINGS = [r.value for r in Rounding]
 DETERMINISTIC = [r for r in ROUNDINGS if r != "stochastic"]
 NATIVE_SETS = [] if native.MISSING else native._core.instruction_sets()
@@ -64,11 +69,10 @@ def test_equals_the_codec(backend: str, format: str):
             assert same_numbers(found, right).all(), rounding
 
 
-@pytest.mark.parametrize("format", ["fp16", "e4m3fn", "e2m1", "bf16", "int8", "q3.5", "binary"])
+@pytest.mark.parametrize("format", FEW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_stochastic_equals_the_codec_at_the_same_draws(format: str, dtype: torch.dtype):
-    from fractions import Fraction
-
+@pytest.mark.parametrize("bits", [32, 7])
+def test_stochastic_equals_the_codec_at_the_same_draws(format: str, dtype: torch.dtype, bits: int):
     from halfstep.ops import draw_key, random_bits
 
     f = Format.parse(format)
@@ -77,11 +81,11 @@ def test_stochastic_equals_the_codec_at_the_same_draws(format: str, dtype: torch
     key = draw_key(torch.Generator().manual_seed(7))
     draws = random_bits(key, x.shape, x.device).tolist()
     right = [
-        float(round_number(v, f, Rounding.STOCHASTIC, Fraction(draw, 2**32)))
+        float(round_number(v, f, Rounding.STOCHASTIC, Fraction(draw >> 32 - bits, 2**bits)))
         for v, draw in zip(x.tolist(), draws, strict=True)
     ]
     for backend in BACKENDS:
-        found = on(backend, x, format, "stochastic")
+        found = on(backend, x, format, "stochastic", random_bits=bits)
         assert same_numbers(found, torch.tensor(right, dtype=dtype)).all(), backend
 
 
@@ -148,6 +152,71 @@ def test_float64_is_rounded_once(backend: str):
     assert on(backend, x.float(), "fp16").item() == 1.0
     out = torch.empty(1)
     assert on(backend, x, "fp16", out=out).item() == 1 + 2**-10
+
+
+INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool]
+
+
+def integers(dtype: torch.dtype) -> Tensor:
+    """The ends of the range and around its powers of two, and any others."""
+    if dtype is torch.bool:
+        return torch.tensor([False, True])
+    ends = torch.iinfo(dtype)
+    generator = torch.Generator().manual_seed(6)
+    powers = 1 << torch.arange(ends.bits - (ends.min < 0))
+    near = (powers[:, None] + torch.tensor([-3, -2, -1, 0, 1, 2, 3])).flatten()
+    # between them: ties of every format, and what is next to those
+    near = torch.cat([near, near + near // 2, near + near // 16, near + near // 2 + near // 2**11])
+    near = torch.cat([near, torch.randint(ends.min, ends.max, (500,), generator=generator)])
+    near = torch.cat([near, -near, torch.tensor([ends.min, ends.max])])
+    return near[(near >= ends.min) & (near <= ends.max)].to(dtype)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize(
+    "format", ["fp16", "e4m3fn:nan", "fp32", "e8m0", "int8:wrap", "int32", "q3.5"]
+)
+def test_integers_are_rounded_once(format: str, dtype: torch.dtype):
+    f = Format.parse(format)
+    x = integers(dtype)
+    for rounding in DETERMINISTIC:
+        right = [float(round_number(Fraction(v), f, Rounding(rounding))) for v in x.tolist()]
+        for backend in BACKENDS:
+            found = on(backend, x, format, rounding)
+            assert found.dtype is (torch.float64 if format == "int32" else torch.float32)
+            right_here = torch.tensor(right, dtype=torch.float64).to(found.dtype)
+            assert same_numbers(found, right_here).all(), (rounding, backend)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("target", DTYPES)
+def test_integers_of_all_dtypes_to_all(dtype: torch.dtype, target: torch.dtype):
+    x = integers(dtype).repeat(3)
+    for rounding in ("nearest", "stochastic"):
+        right = on("reference", x, "e4m3fn", rounding, out=torch.empty(len(x), dtype=target))
+        for backend in NATIVE_SETS:
+            found = on(backend, x, "e4m3fn", rounding, out=torch.empty(len(x), dtype=target))
+            assert torch.equal(found, right), (rounding, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_wide_format_into_float64(backend: str):
+    """float32 does not hold int32's largest, so that the rounding is not made there."""
+    out = torch.empty(3, dtype=torch.float64)
+    on(backend, torch.tensor([3e9, -3e9, 0.6]), "int32", out=out)
+    assert out.tolist() == [2**31 - 1, -(2**31), 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_options_are_suffixes(backend: str):
+    x = adversarial(Format.parse("fp16"), torch.float32)[::7]
+    for format, suffixed, options in [
+        ("fp16", "fp16:nan:flush", {"overflow": "nan", "subnormals": "flush"}),
+        ("fp16:nan:flush", "fp16", {"overflow": "inf", "subnormals": "keep"}),
+        ("int8", "int8:wrap", {"overflow": "wrap"}),
+    ]:
+        found = on(backend, x, format, **options)
+        assert same_numbers(found, on(backend, x, suffixed)).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -371,6 +440,12 @@ def test_laws_of_rounding(values: list[float], exponent: int, mantissa: int, rou
     mirrored = {"up": "down", "down": "up"}.get(rounding, rounding)
     assert torch.equal(bits(halfstep.round_to(-x, name, mirrored)), bits(-y))
     inside = x.abs() <= Format.parse(name).max
+    if rounding in ("nearest", "away"):
+        low, high, middle = (
+            halfstep.round_to(x, name, r).double() for r in ("down", "up", rounding)
+        )
+        least = torch.minimum(x - low, high - x)  # at most half a spacing
+        assert ((middle - x).abs() == least)[inside].all()
     down, up = halfstep.round_to(x, name, "down"), halfstep.round_to(x, name, "up")
     assert ((down <= y) & (y <= up))[inside].all()
     assert ((down <= x) & (x <= up))[inside].all()

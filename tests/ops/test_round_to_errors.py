@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import halfstep
-from halfstep.errors import OperandError, UnknownNameError
+from halfstep.errors import FormatError, OperandError, UnknownNameError
 from halfstep.ops import native
 
 
@@ -19,12 +19,33 @@ from halfstep.ops import native
             "round_to: x is a list; allowed: a torch.Tensor",
         ),
         (
-            lambda: halfstep.round_to(torch.ones(2, dtype=torch.int64), "fp16"),
+            lambda: halfstep.round_to(torch.ones(2, dtype=torch.complex64), "fp16"),
             OperandError,
             (
-                "round_to: x is torch.int64; allowed: torch.float32, torch.float64, torch.float16, "
-                "torch.bfloat16; convert it first"
+                "round_to: x is torch.complex64; allowed: torch.float32, torch.float64, torch.float16, "
+                "torch.bfloat16, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, "
+                "torch.bool; convert it first"
             ),
+        ),
+        (
+            lambda: halfstep.round_to(torch.ones(2), "fp16", "stochastic", random_bits=33),
+            OperandError,
+            "round_to: random_bits=33; allowed: 1 to 32",
+        ),
+        (
+            lambda: halfstep.round_to(torch.ones(2), "fp16", overflow="wrap"),
+            FormatError,
+            "fp16:wrap: overflow to wrap, which this format cannot; allowed: saturate, inf, nan",
+        ),
+        (
+            lambda: halfstep.round_to(torch.ones(2), "fp16", overflow="infinite"),
+            UnknownNameError,
+            "unknown overflow 'infinite'; did you mean inf",
+        ),
+        (
+            lambda: halfstep.round_to(torch.ones(2), "fp16", subnormals="flsh"),
+            UnknownNameError,
+            "unknown subnormals 'flsh'; did you mean flush?",
         ),
         (
             lambda: halfstep.round_to(torch.ones(2).to_sparse(), "fp16"),

@@ -80,6 +80,23 @@ def test_between_the_largest_and_the_next(format: str, beyond: float, backend: s
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [1, 2, 5, 12, 31])
+@pytest.mark.parametrize(("format", "value", "low", "high"), CASES[:12])
+def test_the_probability_has_so_many_bits(
+    format: str, value: float, low: float, high: float, bits: int, backend: str
+):
+    """floor(2^n rest) / 2^n, and never where that is 0."""
+    x = torch.full((N,), value)
+    generator = torch.Generator().manual_seed(SEED)
+    found = halfstep.round_to(
+        x, format, "stochastic", generator=generator, random_bits=bits, backend=backend
+    )
+    share = math.floor((x[0].item() - low) / (high - low) * 2**bits) / 2**bits
+    sigma = math.sqrt(share * (1 - share) / N)
+    assert abs((found == high).double().mean().item() - share) <= SIGMAS * sigma
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_numbers_of_the_format_stay(backend: str):
     x = torch.randn(N, generator=torch.Generator().manual_seed(SEED)).half().float()
     generator = torch.Generator().manual_seed(SEED)

@@ -40,6 +40,8 @@ def test_rounding_equals_reference(format: str):
         found = on("triton", x.to(DEVICE), format, rounding.value).cpu()
         right = on("reference", x, format, rounding.value)
         assert torch.equal(bits(found), bits(right)), rounding
+    found = on("triton", x.to(DEVICE), format, "stochastic", random_bits=9).cpu()
+    assert torch.equal(bits(found), bits(on("reference", x, format, "stochastic", random_bits=9)))
 
 
 @pytest.mark.parametrize("source", SIXTEEN)

@@ -30,16 +30,17 @@ namespace {
 constexpr std::size_t grain = std::size_t(1) << 16;
 constexpr std::size_t stream_from = std::size_t(1) << 22;
 
-void round_to(std::uintptr_t x, int x_carrier, std::uintptr_t out, int out_carrier, std::size_t n,
-              const Grid& grid, int rounding, std::uint32_t key_low, std::uint32_t key_high,
-              int threads) {
+void round_to(std::uintptr_t x, int x_carrier, std::uintptr_t out, int out_carrier, bool in_float64,
+              std::size_t n, const Grid& grid, int rounding, std::uint32_t key_low,
+              std::uint32_t key_high, std::uint32_t key_used, int threads) {
   const RoundArrays arrays{reinterpret_cast<const void*>(x), Carrier(x_carrier),
-                           reinterpret_cast<void*>(out), Carrier(out_carrier)};
+                           reinterpret_cast<void*>(out), Carrier(out_carrier), in_float64};
   const bool stream = x != out && n * bytes_of(arrays.out_carrier) >= stream_from;
   const Kernels* kernels = kernels_in_use();
   // The grain divides 2^32: no vector crosses a block of random bits.
+  const Key key{key_low, key_high, key_used};
   parallel_for(n, grain, threads, [&](std::size_t begin, std::size_t end) {
-    kernels->round_to(arrays, begin, end, grid, Rounding(rounding), Key{key_low, key_high}, stream);
+    kernels->round_to(arrays, begin, end, grid, Rounding(rounding), key, stream);
   });
 }
 
@@ -103,18 +104,21 @@ NB_MODULE(_core, m) {
           "__init__",
           [](Grid* self, int quantum_exponent, int mantissa_bits, double highest, double lowest,
              double overflow_up, double overflow_down, double infinity_up, double infinity_down,
-             bool negative_zero) {
-            new (self) Grid{quantum_exponent, mantissa_bits, highest,     lowest,       overflow_up,
-                            overflow_down,    infinity_up,   infinity_down, negative_zero};
+             bool negative_zero, int ends, int odd_exponents, double span) {
+            new (self) Grid{quantum_exponent, mantissa_bits, highest,       lowest,
+                            overflow_up,      overflow_down, infinity_up,   infinity_down,
+                            negative_zero,    Ends(ends),      odd_exponents, span};
           },
           nb::kw_only(), nb::arg("quantum_exponent"), nb::arg("mantissa_bits"), nb::arg("highest"),
           nb::arg("lowest"), nb::arg("overflow_up"), nb::arg("overflow_down"),
-          nb::arg("infinity_up"), nb::arg("infinity_down"), nb::arg("negative_zero"));
+          nb::arg("infinity_up"), nb::arg("infinity_down"), nb::arg("negative_zero"),
+          nb::arg("ends"), nb::arg("odd_exponents"), nb::arg("span"));
 
   const auto released = nb::call_guard<nb::gil_scoped_release>();
   m.def("round_to", &round_to, nb::arg("x"), nb::arg("x_carrier"), nb::arg("out"),
-        nb::arg("out_carrier"), nb::arg("n"), nb::arg("grid"), nb::arg("rounding"),
-        nb::arg("key_low"), nb::arg("key_high"), nb::arg("threads"), released);
+        nb::arg("out_carrier"), nb::arg("in_float64"), nb::arg("n"), nb::arg("grid"),
+        nb::arg("rounding"), nb::arg("key_low"), nb::arg("key_high"), nb::arg("key_used"),
+        nb::arg("threads"), released);
   m.def("count_nonfinite", &count_nonfinite, nb::arg("arrays"), nb::arg("sizes"),
         nb::arg("carriers"), nb::arg("threads"), released);
 

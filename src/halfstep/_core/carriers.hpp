@@ -1,8 +1,9 @@
-// 16-bit tensors: widened to float32, rounded there, narrowed again; both exact, because what a
-// tensor is rounded to fits it. Piece by piece, so that the float32 numbers stay in the first cache.
+// From the carrier of a tensor to float32 or float64, where it is rounded, and back.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "types.hpp"
 #include "widen.hpp"
@@ -54,25 +55,60 @@ void from_float32(const float* from, Carrier carrier, void* out, std::size_t n) 
   for (; i < n; ++i) to[i] = narrow_half(from[i]);
 }
 
-// Elements [begin, end), from one carrier to another, rounded by `round` in float32.
-template <class Round>
-void round_through_float32(const void* x, Carrier from, void* out, Carrier to, std::size_t begin,
-                           std::size_t end, const Grid& grid, Rounding rounding, Key key,
-                           const Round& round) {
-  constexpr std::size_t piece = 2048;
-  alignas(64) float numbers[piece];
-  for (std::size_t i = begin; i < end; i += piece) {
-    const std::size_t n = end - i < piece ? end - i : piece;
-    const float* source = static_cast<const float*>(x) + i;
-    if (from != Carrier::float32) {
-      to_float32(static_cast<const std::uint16_t*>(x) + i, from, numbers, n);
-      source = numbers;
-    }
-    float* target = to == Carrier::float32 ? static_cast<float*>(out) + i : numbers;
-    // element k of this piece is element i + k of the array
-    round(source - i, target - i, i, i + n, grid, rounding, key, false);
-    if (to != Carrier::float32)
-      from_float32(numbers, to, static_cast<std::uint16_t*>(out) + i, n);
+// Integers, exactly; those that a float64 does not hold are rounded to odd, so that the rounding that
+// follows is the rounding of the integer (S. Boldo, G. Melquiond, IEEE Trans. Computers 57(4), 2008).
+inline double to_odd(std::int64_t integer) {
+  int exponent;
+  std::frexp(double(integer), &exponent);
+  const int excess = exponent > 53 ? exponent - 53 : 0;
+  const bool inexact = (integer & ((std::int64_t(1) << excess) - 1)) != 0;
+  // of the two neighbours, the one below and the next
+  return std::ldexp(double((integer >> excess) | std::int64_t(inexact)), excess);
+}
+
+template <class From, class Number>
+void convert(const void* x, Number* to, std::size_t n) {
+  const auto* from = static_cast<const From*>(x);
+  for (std::size_t i = 0; i < n; ++i) {
+    if constexpr (sizeof(From) == 8 && sizeof(Number) == 8 && !std::is_same_v<From, double>)
+      to[i] = to_odd(from[i]);
+    else
+      to[i] = Number(from[i]);
+  }
+}
+
+template <class Number>
+void to_wide(const void* x, Carrier carrier, Number* to, std::size_t n) {
+  switch (carrier) {
+    case Carrier::float32: return convert<float>(x, to, n);
+    case Carrier::float64: return convert<double>(x, to, n);
+    case Carrier::int8: return convert<std::int8_t>(x, to, n);
+    case Carrier::uint8: return convert<std::uint8_t>(x, to, n);
+    case Carrier::int16: return convert<std::int16_t>(x, to, n);
+    case Carrier::int32: return convert<std::int32_t>(x, to, n);
+    case Carrier::int64: return convert<std::int64_t>(x, to, n);
+    case Carrier::float16:
+    case Carrier::bfloat16: break;
+  }
+  if constexpr (sizeof(Number) == 4) {
+    to_float32(x, carrier, to, n);
+  } else {
+    alignas(64) float numbers[8192 / sizeof(Number)];
+    to_float32(x, carrier, numbers, n);
+    convert<float>(numbers, to, n);
+  }
+}
+
+template <class Number>
+void from_wide(const Number* from, void* out, Carrier carrier, std::size_t n) {
+  if (carrier == Carrier::float32) return convert<Number>(from, static_cast<float*>(out), n);
+  if (carrier == Carrier::float64) return convert<Number>(from, static_cast<double*>(out), n);
+  if constexpr (sizeof(Number) == 4) {
+    from_float32(from, carrier, out, n);
+  } else {
+    alignas(64) float numbers[8192 / sizeof(Number)];
+    convert<Number>(from, numbers, n);
+    from_float32(numbers, carrier, out, n);
   }
 }
 

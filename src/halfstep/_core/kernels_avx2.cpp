@@ -14,7 +14,7 @@ namespace halfstep {
 
 const Kernels avx2_kernels = {
     "avx2",
-    round_arrays<Avx2Lanes>,
+    round_arrays<Avx2Lanes, Avx2Lanes64>,
     count_nonfinite,
     widen,
     quantize_blocks<Avx2Lanes>,

@@ -14,7 +14,7 @@ namespace halfstep {
 
 const Kernels avx512_kernels = {
     "avx512",
-    round_arrays<Avx512Lanes>,
+    round_arrays<Avx512Lanes, Avx512Lanes64>,
     count_nonfinite,
     widen,
     quantize_blocks<Avx512Lanes>,

@@ -12,7 +12,7 @@ namespace halfstep {
 
 const Kernels portable_kernels = {
     "portable",
-    round_arrays<Portable32>,
+    round_arrays<Portable32, Portable64>,
     count_nonfinite,
     widen,
     quantize_blocks<Portable32>,

@@ -1,4 +1,4 @@
-// Eight lanes in AVX2. Members as in lanes_portable.hpp; a mask is a vector of all ones or zeros.
+// Eight lanes of float32, and four of float64, in AVX2. Members as in lanes_portable.hpp; a mask is a vector of all ones or zeros.
 #pragma once
 
 #include <immintrin.h>
@@ -36,6 +36,10 @@ struct Avx2Lanes {
   static Bits or_(Bits a, Bits b) { return _mm256_or_si256(a, b); }
   static Bits add(Bits a, Bits b) { return _mm256_add_epi32(a, b); }
   static Bits shift_right(Bits a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+  static Bits minus(Bits a, Bits b) { return _mm256_sub_epi32(a, b); }
+  static Bits larger(Bits a, Bits b) { return _mm256_max_epi32(a, b); }
+  static Bits shift_left_each(Bits a, Bits n) { return _mm256_sllv_epi32(a, n); }
+  static Bits shift_right_each(Bits a, Bits n) { return _mm256_srlv_epi32(a, n); }
   static Mask less(Bits a, Bits b) { return {_mm256_cmpgt_epi32(b, a)}; }
   static Bits select(Mask m, Bits yes, Bits no) { return _mm256_blendv_epi8(no, yes, m.m); }
 
@@ -81,22 +85,101 @@ struct Avx2Lanes {
     return _mm256_add_epi32(set(index), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
   static Random xor_set(Random a, std::uint32_t b) { return _mm256_xor_si256(a, set(b)); }
+  static Random and_set(Random a, std::uint32_t b) { return _mm256_and_si256(a, set(b)); }
   static Random xor_shift(Random a, int n) {
     return _mm256_xor_si256(a, _mm256_srli_epi32(a, n));
   }
   static Random multiply(Random a, std::uint32_t b) { return _mm256_mullo_epi32(a, set(b)); }
   static Bits top_bits(Random r, int shift) { return shift_right(r, 32 - shift); }
-  static Mask carries(Float rest, Random r) {
-    // There is no conversion to unsigned words: the upper and the lower 16 bits one by one.
-    const Float scaled = times(rest, set_number(65536.0f));
-    const Float upper = truncate(scaled);
-    const Float lower = truncate(times(minus(scaled, upper), set_number(65536.0f)));
-    const Bits fraction =
-        or_(_mm256_slli_epi32(_mm256_cvttps_epi32(upper), 16), _mm256_cvttps_epi32(lower));
+  static Bits top_bits_each(Random r, Bits shift) {
+    return shift_right_each(r, minus(set(32), shift));
+  }
+  static Bits fraction(Bits magnitude, Bits dropped) {
+    const Bits significand = or_(_mm256_slli_epi32(magnitude, 8), set(0x80000000u));
+    return shift_right_each(significand, minus(dropped, set(24)));
+  }
+  static Mask carries(Bits fraction, Random r) {
     // fraction > ~r, unsigned: flip the sign bits and compare signed
     const Bits limit = _mm256_xor_si256(r, set(0x7FFFFFFFu));
     return {_mm256_cmpgt_epi32(_mm256_xor_si256(fraction, set(0x80000000u)), limit)};
   }
+};
+
+struct Avx2Lanes64 {
+  using word = std::uint64_t;
+  using number = double;
+  using Bits = __m256i;
+  using Float = __m256d;
+  using Mask = Avx2Lanes::Mask;
+  using Random = __m256i;  // 32 bits in the lower half of each lane
+  static constexpr int width = 4;
+  static constexpr int mantissa_bits = 52;
+
+  static Bits load(const double* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static void store(double* p, Bits b) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), b); }
+  static void stream(double* p, Bits b) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), b); }
+  static void fence() { _mm_sfence(); }
+
+  static Bits set(std::uint64_t w) { return _mm256_set1_epi64x(std::int64_t(w)); }
+  static Bits bits(Float f) { return _mm256_castpd_si256(f); }
+  static Float number_of(Bits b) { return _mm256_castsi256_pd(b); }
+  static Float set_number(double f) { return _mm256_set1_pd(f); }
+
+  static Bits and_(Bits a, Bits b) { return _mm256_and_si256(a, b); }
+  static Bits or_(Bits a, Bits b) { return _mm256_or_si256(a, b); }
+  static Bits add(Bits a, Bits b) { return _mm256_add_epi64(a, b); }
+  static Bits shift_right(Bits a, int n) { return _mm256_srl_epi64(a, _mm_cvtsi32_si128(n)); }
+  static Bits minus(Bits a, Bits b) { return _mm256_sub_epi64(a, b); }
+  static Bits larger(Bits a, Bits b) { return select(less(a, b), b, a); }
+  static Bits shift_left_each(Bits a, Bits n) { return _mm256_sllv_epi64(a, n); }
+  static Bits shift_right_each(Bits a, Bits n) { return _mm256_srlv_epi64(a, n); }
+  static Mask less(Bits a, Bits b) { return {_mm256_cmpgt_epi64(b, a)}; }
+  static Bits select(Mask m, Bits yes, Bits no) { return _mm256_blendv_epi8(no, yes, m.m); }
+
+  static Float plus(Float a, Float b) { return _mm256_add_pd(a, b); }
+  static Float plus_where(Mask m, Float a, Float b) {  // of a that is not -0
+    return _mm256_add_pd(a, _mm256_and_pd(number_of(m.m), b));
+  }
+  static Float minus(Float a, Float b) { return _mm256_sub_pd(a, b); }
+  static Float times(Float a, Float b) { return _mm256_mul_pd(a, b); }
+  static Mask below(Float a, Float b) { return {bits(_mm256_cmp_pd(a, b, _CMP_LT_OQ))}; }
+  static Mask at_least(Float a, Float b) { return {bits(_mm256_cmp_pd(a, b, _CMP_GE_OQ))}; }
+  static bool any(Mask m) { return _mm256_movemask_epi8(m.m) != 0; }
+  static Mask both(Mask a, Mask b) { return {_mm256_and_si256(a.m, b.m)}; }
+  static Mask not_both(Mask a, Mask b) { return {_mm256_andnot_si256(b.m, a.m)}; }
+  static Float select(Mask m, Float yes, Float no) {
+    return _mm256_blendv_pd(no, yes, number_of(m.m));
+  }
+  static Float truncate(Float a) {
+    return _mm256_round_pd(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+  }
+
+  static Random counter(std::uint32_t index) {
+    return _mm256_add_epi64(set(index), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
+  static Random xor_set(Random a, std::uint32_t b) { return _mm256_xor_si256(a, set(b)); }
+  static Random and_set(Random a, std::uint32_t b) { return _mm256_and_si256(a, set(b)); }
+  static Random xor_shift(Random a, int n) {
+    return _mm256_xor_si256(a, _mm256_srli_epi64(a, n));
+  }
+  static Random multiply(Random a, std::uint32_t b) {
+    return and_set(_mm256_mul_epu32(a, set(b)), 0xFFFFFFFFu);
+  }
+  static Bits top_bits(Random r, int shift) {
+    return shift >= 32 ? _mm256_sll_epi64(r, _mm_cvtsi32_si128(shift - 32))
+                       : shift_right(r, 32 - shift);
+  }
+  static Bits top_bits_each(Random r, Bits shift) {
+    return or_(shift_left_each(r, minus(shift, set(32))), shift_right_each(r, minus(set(32), shift)));
+  }
+  static Bits fraction(Bits magnitude, Bits dropped) {
+    const Bits hidden = set(std::uint64_t(1) << mantissa_bits);
+    const Bits mantissa = and_(magnitude, minus(hidden, set(1)));
+    return shift_right_each(or_(mantissa, hidden), minus(dropped, set(32)));
+  }
+  static Mask carries(Bits fraction, Random r) { return less(set(0xFFFFFFFFu), add(fraction, r)); }
 };
 
 }  // namespace

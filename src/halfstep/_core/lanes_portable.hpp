@@ -42,6 +42,13 @@ struct PortableLanes {
   static Bits or_(Bits a, Bits b) { return a | b; }
   static Bits add(Bits a, Bits b) { return a + b; }
   static Bits shift_right(Bits a, int n) { return n >= int(8 * sizeof(Word)) ? 0 : a >> n; }
+  static Bits minus(Bits a, Bits b) { return a - b; }
+  static Bits larger(Bits a, Bits b) {  // as signed numbers
+    constexpr Word sign = Word(1) << (8 * sizeof(Word) - 1);
+    return (a ^ sign) < (b ^ sign) ? b : a;
+  }
+  static Bits shift_left_each(Bits a, Bits n) { return n >= 8 * sizeof(Word) ? 0 : a << n; }
+  static Bits shift_right_each(Bits a, Bits n) { return n >= 8 * sizeof(Word) ? 0 : a >> n; }
   static Mask less(Bits a, Bits b) { return a < b; }  // of words below 2^31 (2^63)
   static Bits select(Mask m, Bits yes, Bits no) { return m ? yes : no; }
 
@@ -55,7 +62,10 @@ struct PortableLanes {
   static Mask both(Mask a, Mask b) { return a && b; }
   static Mask not_both(Mask a, Mask b) { return a && !b; }  // a and not b
   static Float select(Mask m, Float yes, Float no) { return m ? yes : no; }
-  static Float truncate(Float a) { return Number(std::int64_t(a)); }  // of 0 <= a < 2^52
+  static Float truncate(Float a) {
+    constexpr Number whole = Number(4503599627370496.0);  // from here on all numbers are integers
+    return a < whole && -a < whole ? Number(std::int64_t(a)) : a;
+  }
 
   static Bits shift_left(Bits a, int n) { return a << n; }
   static Bits max_words(Bits a, Bits b) { return a < b ? b : a; }
@@ -70,15 +80,29 @@ struct PortableLanes {
   static Random counter(std::uint32_t index) { return index; }
   static Random xor_(Random a, Random b) { return a ^ b; }
   static Random xor_set(Random a, std::uint32_t b) { return a ^ b; }
+  static Random and_set(Random a, std::uint32_t b) { return a & b; }
   static Random xor_shift(Random a, int n) { return a ^ (a >> n); }
   static Random multiply(Random a, std::uint32_t b) { return a * b; }
   // The `shift` uppermost bits of a random number that is 32 bits, and zeros below, long
   static Bits top_bits(Random r, int shift) {
     return shift >= 32 ? Bits(r) << (shift - 32) : Bits(shift == 0 ? 0 : r >> (32 - shift));
   }
-  // rest * 2^32, floored, plus r is 2^32 or more; 0 <= rest < 1
-  static Mask carries(Float rest, Random r) {
-    return std::uint64_t(rest * Number(4294967296.0)) + r > 0xFFFFFFFFu;
+  static Bits top_bits_each(Random r, Bits shift) {
+    return shift > 63 ? 0 : Bits(top_bits_wide(r, int(shift)));
+  }
+  // floor(2^32 rest), where a number is less than the quantum, which `dropped` bits are the rest to
+  static Bits fraction(Bits magnitude, Bits dropped) {
+    constexpr Word hidden = Word(1) << mantissa;
+    const Word significand = (magnitude & (hidden - 1)) | hidden;
+    constexpr int aligned = mantissa + 1 - 32;  // shift to 32 bits
+    return shift_right_each(aligned < 0 ? significand << (-aligned & 31) : significand,
+                            dropped - (aligned < 0 ? Word(mantissa) + 1 : Word(32)));
+  }
+  static Mask carries(Bits fraction, Random r) { return std::uint64_t(fraction) + r > 0xFFFFFFFFu; }
+
+ private:
+  static std::uint64_t top_bits_wide(Random r, int shift) {
+    return shift >= 32 ? std::uint64_t(r) << (shift - 32) : shift == 0 ? 0 : r >> (32 - shift);
   }
 };
 

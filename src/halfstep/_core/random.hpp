@@ -18,7 +18,7 @@ inline typename L::Random random_bits(Key key, std::size_t index) {
   h = L::multiply(L::xor_shift(h, 16), first_multiplier);
   h = L::xor_set(L::xor_shift(h, 15), key.high + block * stride);
   h = L::multiply(h, second_multiplier);
-  return L::xor_shift(h, 15);
+  return L::and_set(L::xor_shift(h, 15), key.used);
 }
 
 }  // namespace

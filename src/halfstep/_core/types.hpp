@@ -7,16 +7,37 @@
 
 namespace halfstep {
 
-enum class Rounding : int { nearest, stochastic, toward_zero, up, down, away };
+enum class Rounding : int { nearest, stochastic, toward_zero, up, down, away, to_odd };
 
-enum class Carrier : int { float32, float64, float16, bfloat16 };
+// The type of a tensor's elements; of integers tensors are only read.
+enum class Carrier : int { float32, float64, float16, bfloat16, int8, uint8, int16, int32, int64 };
 
 inline std::size_t bytes_of(Carrier carrier) {
-  return carrier == Carrier::float64 ? 8 : carrier == Carrier::float32 ? 4 : 2;
+  switch (carrier) {
+    case Carrier::int8:
+    case Carrier::uint8: return 1;
+    case Carrier::float16:
+    case Carrier::bfloat16:
+    case Carrier::int16: return 2;
+    case Carrier::float32:
+    case Carrier::int32: return 4;
+    case Carrier::float64:
+    case Carrier::int64: return 8;
+  }
+  return 0;
 }
 
+// What becomes of numbers at the ends of a grid.
+enum class Ends : int {
+  gradual,  // below the smallest normal number there are subnormal ones, and zero
+  wrap,     // so too; and what overflows is moved by multiples of the grid's span, back in
+  flush,    // zero is below: of what rounds there as if exponents had no lower end
+  no_zero,  // nothing is below, and nothing negative: all that is less becomes the smallest number
+};
+
 // A grid of numbers: multiples of 2^quantum_exponent near zero; from 2^(quantum_exponent +
-// mantissa_bits) on, numbers of mantissa_bits + 1 significant bits; from lowest to highest.
+// mantissa_bits), the smallest normal number, on, numbers of mantissa_bits + 1 significant bits; from
+// lowest to highest.
 struct Grid {
   int quantum_exponent;
   int mantissa_bits;  // as many as the carrier has where the grid is even all along (fixed point)
@@ -27,11 +48,16 @@ struct Grid {
   double infinity_up;    // what +infinity becomes
   double infinity_down;
   bool negative_zero;  // false: -0 becomes +0
+  Ends ends = Ends::gradual;
+  int odd_exponents = -1;  // parity of the carrier's exponent fields whose numbers count as odd where
+                           // there is no mantissa; -1: all do
+  double span = 0;         // of a grid that wraps
 };
 
 struct Key {
   std::uint32_t low;
   std::uint32_t high;
+  std::uint32_t used = 0xFFFFFFFFu;  // which of the 32 random bits count: the uppermost ones
 };
 
 enum class Order : int { sequential, pairwise, compensated };
@@ -69,12 +95,14 @@ constexpr std::size_t dot_columns = 128;  // the most of one work
 constexpr std::size_t dot_depth = 256;    // of a panel, of which there may be many
 constexpr std::size_t dot_scratch = (dot_rows + dot_columns) * dot_depth + 3 * dot_rows * dot_columns;
 
-// x is float64 and so is out, or none of them is.
+// out is float32, float64 or 16 bits. The rounding is made in float64 or in float32, which holds every
+// number of x (but int64's, which float64 holds rounded to odd).
 struct RoundArrays {
   const void* x;
   Carrier x_carrier;
   void* out;
   Carrier out_carrier;
+  bool in_float64;
 };
 
 // How a block's scale is found and its elements are coded; the names are halfstep.format.BlockFormat's.

@@ -3,7 +3,7 @@
 from halfstep.format.accumulator import Accumulator, Order, Products
 from halfstep.format.blocks import BlockFormat, ScaleRule, block_formats
 from halfstep.format.catalogue import formats
-from halfstep.format.choices import Kind, Overflow, Rounding, Specials
+from halfstep.format.choices import Kind, Overflow, Rounding, Specials, Subnormals
 from halfstep.format.codec import Value, decode, encode, overflow, round_number
 from halfstep.format.number import Format
 from halfstep.format.units import Datapath, Unit, units
@@ -20,6 +20,7 @@ __all__ = [
     "Rounding",
     "ScaleRule",
     "Specials",
+    "Subnormals",
     "Unit",
     "Value",
     "block_formats",

@@ -11,7 +11,23 @@ from halfstep.format.number import Format
 __all__ = ["CATALOGUE", "SYNONYMS", "formats"]
 
 _OFP8 = "OCP 8-bit Floating Point Specification (OFP8) v1.0, section 5.1"
+_P3109 = "IEEE P3109, Arithmetic Formats for Machine Learning, interim report, section 4"
 _MX = "OCP Microscaling Formats (MX) v1.0, section 5.3"
+
+
+def _p3109(precision: int, domain: str) -> Format:
+    """Eight bits, signed, of that precision: extended, with infinities, or finite."""
+    extended = domain == "e"
+    return Format(
+        name=f"binary8p{precision}s{domain}",
+        exponent_bits=8 - precision,
+        mantissa_bits=precision - 1,
+        bias=2 ** (7 - precision),
+        specials=Specials.EXTENDED if extended else Specials.FINITE,
+        overflow=Overflow.INF if extended else Overflow.SATURATE,
+        source=f"{_P3109}: {'extended' if extended else 'finite'} domain",
+    )
+
 
 _LITERALS = (
     Format(
@@ -79,6 +95,27 @@ _LITERALS = (
         overflow=Overflow.INF,
         source="IEEE 754-2019, section 3 with k = 8, p = 4; LLVM's and ml_dtypes' float8_e4m3",
     ),
+    Format(
+        name="e4m3fnuz",
+        exponent_bits=4,
+        mantissa_bits=3,
+        bias=8,
+        specials=Specials.FINITE,
+        overflow=Overflow.NAN,
+        source="Noune et al., 8-bit Numerical Formats for Deep Neural Networks, arXiv 2206.02915; "
+        "overflow to NaN, as torch.float8_e4m3fnuz",
+    ),
+    Format(
+        name="e5m2fnuz",
+        exponent_bits=5,
+        mantissa_bits=2,
+        bias=16,
+        specials=Specials.FINITE,
+        overflow=Overflow.NAN,
+        source="Noune et al., 8-bit Numerical Formats for Deep Neural Networks, arXiv 2206.02915; "
+        "overflow to NaN, as torch.float8_e5m2fnuz",
+    ),
+    *(_p3109(precision, domain) for precision in range(1, 8) for domain in "ef"),
     Format(name="e3m2", exponent_bits=3, mantissa_bits=2, bias=3, source=f"{_MX}.2, FP6"),
     Format(name="e2m3", exponent_bits=2, mantissa_bits=3, bias=1, source=f"{_MX}.2, FP6"),
     Format(name="e2m1", exponent_bits=2, mantissa_bits=1, bias=1, source=f"{_MX}.3, FP4"),
@@ -121,8 +158,23 @@ _LITERALS = (
 
 CATALOGUE: Mapping[str, Format] = MappingProxyType({f.name: f for f in _LITERALS})
 
+# The interim report's first edition and gfloat's first names had the extended domain only.
+_P3109_SYNONYMS = {
+    written.format(p=p, d=d): f"binary8p{p}s{d or 'e'}"
+    for p in range(1, 8)
+    for written, domains in {
+        "binary8p{p}{d}": ("",),
+        "p3109_p{p}{d}": ("",),
+        "p3109_8p{p}{d}": ("",),
+        "p3109_k8p{p}s{d}": ("e", "f"),
+        "p3109_8p{p}s{d}": ("e", "f"),
+    }.items()
+    for d in domains
+}
+
 SYNONYMS: Mapping[str, str] = MappingProxyType(
     {
+        **_P3109_SYNONYMS,
         "float": "fp32",
         "float32": "fp32",
         "single": "fp32",
@@ -137,6 +189,8 @@ SYNONYMS: Mapping[str, str] = MappingProxyType(
         "float8_e4m3fn": "e4m3fn",
         "fp8_e4m3fn": "e4m3fn",
         "float8_e4m3": "e4m3",
+        "float8_e4m3fnuz": "e4m3fnuz",
+        "float8_e5m2fnuz": "e5m2fnuz",
         "float8_e8m0fnu": "e8m0",
         "fp8_e8m0": "e8m0",
         "float6_e3m2fn": "e3m2",
@@ -153,7 +207,7 @@ SYNONYMS: Mapping[str, str] = MappingProxyType(
 def formats() -> Mapping[str, Format]:
     """Every format that has a name, by name, widest first; families are made by `Format.parse`.
 
-    >>> [name for name, f in formats().items() if f.has_inf]
+    >>> [name for name, f in formats().items() if f.has_inf][:6]
     ['fp32', 'tf32', 'bf16', 'fp16', 'e5m2', 'e4m3']
     """
     return CATALOGUE

@@ -6,7 +6,7 @@ from enum import Enum
 
 from halfstep.errors import UnknownNameError
 
-__all__ = ["Kind", "Overflow", "Rounding", "Specials"]
+__all__ = ["Kind", "Overflow", "Rounding", "Specials", "Subnormals"]
 
 
 class Kind(Enum):
@@ -29,6 +29,10 @@ class Specials(Enum):
     """Only the code whose exponent and mantissa are all ones: NaN. There is no infinity."""
     NONE = "none"
     """None: every code is a finite number."""
+    EXTENDED = "extended"
+    """-0's code is NaN, and the one of the largest magnitude is infinity (IEEE P3109)."""
+    FINITE = "finite"
+    """-0's code is NaN; there is no infinity (IEEE P3109; "fnuz")."""
 
 
 class Overflow(Enum):
@@ -36,7 +40,35 @@ class Overflow(Enum):
 
     INF = "inf"
     SATURATE = "saturate"
+    """The largest number, or the most negative one; infinity too."""
     NAN = "nan"
+    WRAP = "wrap"
+    """What is left of it modulo 2^bits quanta, as in two's complement arithmetic; infinity is NaN."""
+
+    @classmethod
+    def parse(cls, given: object) -> Overflow:
+        """The overflow of that name; an `Overflow` is returned as it is."""
+        try:
+            return cls(given)
+        except ValueError:
+            raise UnknownNameError("overflow", given, [member.value for member in cls]) from None
+
+
+class Subnormals(Enum):
+    """What becomes of numbers between zero and the smallest normal one."""
+
+    KEEP = "keep"
+    """They are numbers of the format: gradual underflow."""
+    FLUSH = "flush"
+    """They are zero, with their sign; see `halfstep.format.round_number`."""
+
+    @classmethod
+    def parse(cls, given: object) -> Subnormals:
+        """The member of that name; a `Subnormals` is returned as it is."""
+        try:
+            return cls(given)
+        except ValueError:
+            raise UnknownNameError("subnormals", given, [member.value for member in cls]) from None
 
 
 class Rounding(Enum):
@@ -53,6 +85,9 @@ class Rounding(Enum):
     """Toward -infinity."""
     AWAY = "away"
     """The nearer one; at a tie the one farther from zero."""
+    TO_ODD = "to_odd"
+    """The one whose last digit is odd: a later rounding, to two digits less, is then as if the only one
+    (S. Boldo, G. Melquiond, IEEE Trans. Computers 57(4), 2008)."""
 
     @classmethod
     def parse(cls, given: object) -> Rounding:
@@ -71,7 +106,7 @@ class Rounding(Enum):
 
     def magnitude_grows(self, negative: bool) -> bool:
         """True if this rounding overflows; else it stops at the largest (IEEE 754 section 7.4)."""
-        if self is Rounding.TOWARD_ZERO:
+        if self in (Rounding.TOWARD_ZERO, Rounding.TO_ODD):
             return False
         if self is Rounding.UP:
             return not negative

@@ -12,7 +12,7 @@ from fractions import Fraction
 from types import MappingProxyType
 
 from halfstep.errors import FormatError
-from halfstep.format.choices import Kind, Overflow, Rounding, Specials
+from halfstep.format.choices import Kind, Overflow, Rounding, Specials, Subnormals
 from halfstep.format.number import Format
 
 __all__ = ["Value", "decode", "encode", "overflow", "round_number"]
@@ -33,12 +33,14 @@ def decode(code: int, format: Format) -> Value:
         raise FormatError(f"code {code} of {format}; allowed: 0 to {2**format.bits - 1}")
     if format.kind is Kind.BINARY:
         return Fraction(1 if code else -1)
+    if format.is_unused(code):
+        raise FormatError(f"code {code} of {format} is not used")
     sign_bit = 1 << (format.bits - 1)
     if format.kind is Kind.FIXED:
-        if format.symmetric and code == sign_bit:
-            raise FormatError(f"code {code} of {format} is not used")
         integer = code - 2 * sign_bit if code & sign_bit else code
         return Fraction(integer, 2**format.mantissa_bits)
+    if format.has_nan and code == _nan_code(format):
+        return math.nan
     negative = format.signed and bool(code & sign_bit)
     magnitude = code & (sign_bit - 1) if format.signed else code
     if magnitude > format.max_magnitude_code:
@@ -74,7 +76,8 @@ def encode(value: Value, format: Format) -> int:
         return int(exact > 0)
     if format.kind is Kind.FIXED:
         return int(exact * 2**format.mantissa_bits) % 2**format.bits
-    sign = int(negative and format.signed) << (format.bits - 1)
+    has_sign = format.signed and (exact != 0 or format.has_negative_zero)
+    sign = int(negative and has_sign) << (format.bits - 1)
     return sign | _magnitude_code(abs(exact), format)
 
 
@@ -89,13 +92,22 @@ def round_number(
     NaN stays NaN, also where the format has no code for it: an error must stay visible. -0 and what
     rounds to zero from below become -0.0 where the format has it. A number that rounds beyond the
     largest becomes what ``format.overflow`` says; directed roundings stop at the largest number as
-    in IEEE 754 section 7.4. Infinity saturates where overflow does, else it stays, or becomes NaN
-    in a format without it. Negative numbers become NaN in an unsigned format; zero becomes the
-    smallest number in a format without zero.
+    in IEEE 754 section 7.4, and so does `Rounding.TO_ODD`; where overflow wraps no rounding stops.
+    Infinity saturates where overflow does, else it stays, or becomes NaN in a format without it.
+    Negative numbers become NaN in an unsigned format; zero becomes the smallest number in a format
+    without zero.
 
     ``uniform``, in [0, 1), is what `Rounding.STOCHASTIC` draws: the magnitude becomes
-    floor(magnitude / quantum + uniform) * quantum. The quantum is
+    floor(magnitude / quantum + uniform) * quantum. With n random bits it is a multiple of 2^-n, and
+    the probability to grow is floor(2^n rest) / 2^n. The quantum is
     2^(max(exponent, min_exponent) - mantissa_bits).
+
+    Where subnormal numbers are flushed the quantum is 2^(exponent - mantissa_bits), as if exponents
+    had no lower end, and what is then below 2^min_exponent becomes zero of its sign, in every
+    rounding: tininess after rounding (IEEE 754-2019, section 7.5).
+
+    Odd is a number whose last digit is; without a mantissa that is every one but zero, or as the
+    exponent's code is where ``format.odd_exponents``.
     Binary has the roundings nearest (0 is a tie and becomes 1) and stochastic, where 1 has the
     probability (1 + value) / 2 for values in [-1, 1].
 
@@ -116,26 +128,33 @@ def round_number(
     if infinite:
         return overflow(format, rounding, negative=negative, finite=False)
     magnitude = abs(Fraction(value))
-    quantum = _quantum(magnitude, format)
+    exponent = _quantum_exponent(magnitude, format)
+    quantum = Fraction(2) ** exponent
     count = magnitude // quantum
     rest = magnitude / quantum - count
-    count += _round_up(rounding, count, rest, negative, uniform)
+    count += _round_up(rounding, _is_odd(count, exponent, format), rest, negative, uniform)
     result = count * quantum
+    if format.subnormals is Subnormals.FLUSH and result < Fraction(2) ** format.min_exponent:
+        result = Fraction(0)
     if not format.has_zero:
         result = max(result, Fraction(format.smallest))
     if result > abs(Fraction(format.lowest if negative and format.signed else format.max)):
+        if format.overflow is Overflow.WRAP:
+            return _wrapped(-result if negative else result, format)
         return overflow(format, rounding, negative=negative, finite=True)
     if negative and result == 0:
         return -0.0 if format.has_negative_zero else Fraction(0)
     return -result if negative and format.signed else result
 
 
-def _quantum(magnitude: Fraction, format: Format) -> Fraction:
-    """The spacing of the grid, as if exponents had no upper end, in the binade of ``magnitude``."""
+def _quantum_exponent(magnitude: Fraction, format: Format) -> int:
+    """log2 of the grid's spacing around ``magnitude``, as if exponents had no upper end."""
     if format.kind is Kind.FIXED:
-        return Fraction(2) ** format.quantum_exponent
-    exponent = max(_exponent(magnitude), format.min_exponent)
-    return Fraction(2) ** (exponent - format.mantissa_bits)
+        return format.quantum_exponent
+    exponent = _exponent(magnitude)
+    if format.subnormals is Subnormals.KEEP or magnitude == 0:
+        exponent = max(exponent, format.min_exponent)
+    return exponent - format.mantissa_bits
 
 
 def _exponent(magnitude: Fraction) -> int:
@@ -146,26 +165,40 @@ def _exponent(magnitude: Fraction) -> int:
     return e if Fraction(2) ** e <= magnitude else e - 1
 
 
-_Step = Callable[[int, Fraction, bool, Fraction], bool]
+def _is_odd(count: int, quantum_exponent: int, format: Format) -> bool:
+    """True if the number of so many quanta is odd."""
+    if count and format.odd_exponents:
+        return (quantum_exponent + format.bias) % 2 == 1
+    return count % 2 == 1  # without a mantissa count is 0 or 1
+
+
+def _wrapped(value: Fraction, format: Format) -> Fraction:
+    """``value`` less that multiple of 2^bits quanta which brings it into the range."""
+    lowest, span = Fraction(format.lowest), Fraction(2) ** (format.bits + format.quantum_exponent)
+    return (value - lowest) % span + lowest
+
+
+_Step = Callable[[bool, Fraction, bool, Fraction], bool]
 _HALF = Fraction(1, 2)
 
-# rounding -> does the count of quanta grow by one? (count, rest in [0, 1), negative, uniform)
+# rounding -> does the count of quanta grow by one? (it is odd, rest in [0, 1), negative, uniform)
 _STEPS: Mapping[Rounding, _Step] = MappingProxyType(
     {
-        Rounding.NEAREST: lambda n, rest, _, __: rest > _HALF or (rest == _HALF and n % 2 == 1),
+        Rounding.NEAREST: lambda odd, rest, _, __: rest > _HALF or (rest == _HALF and odd),
         Rounding.AWAY: lambda _, rest, __, ___: rest >= _HALF,
         Rounding.TOWARD_ZERO: lambda _, __, ___, ____: False,
         Rounding.UP: lambda _, rest, negative, __: rest > 0 and not negative,
         Rounding.DOWN: lambda _, rest, negative, __: rest > 0 and negative,
         Rounding.STOCHASTIC: lambda _, rest, __, uniform: rest + uniform >= 1,
+        Rounding.TO_ODD: lambda odd, rest, _, __: rest > 0 and not odd,
     }
 )
 
 
 def _round_up(
-    rounding: Rounding, count: int, rest: Fraction, negative: bool, uniform: Fraction
+    rounding: Rounding, odd: bool, rest: Fraction, negative: bool, uniform: Fraction
 ) -> int:
-    return int(_STEPS[rounding](count, rest, negative, uniform))
+    return int(_STEPS[rounding](odd, rest, negative, uniform))
 
 
 def _round_binary(value: Fraction, rounding: Rounding, uniform: Fraction) -> Fraction:
@@ -181,8 +214,10 @@ def overflow(format: Format, rounding: Rounding, *, negative: bool, finite: bool
     """What becomes of a finite number that rounds beyond the largest, or of an infinity.
 
     The largest number where overflow saturates, and for a finite number where the rounding goes
-    toward zero; else infinity or NaN.
+    toward zero; else infinity or NaN. NaN where it wraps, which only finite numbers can.
     """
+    if format.overflow is Overflow.WRAP:
+        return math.nan
     stops = finite and not rounding.magnitude_grows(negative)
     if format.overflow is Overflow.SATURATE or stops:
         return Fraction(format.lowest if negative else format.max)
@@ -192,6 +227,8 @@ def overflow(format: Format, rounding: Rounding, *, negative: bool, finite: bool
 
 
 def _nan_code(format: Format) -> int:
+    if format.specials in (Specials.EXTENDED, Specials.FINITE):
+        return 1 << (format.bits - 1) if format.signed else 2**format.bits - 1
     if format.specials is Specials.NAN_ONLY:
         return format.max_magnitude_code + 1
     quiet = 1 << (format.mantissa_bits - 1)

@@ -1,21 +1,25 @@
-"""From a name to a format: catalogue, synonyms, families, and the overflow suffix."""
+"""From a name to a format: catalogue, synonyms, families, and suffixes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 
 from halfstep.errors import FormatError, UnknownNameError
 from halfstep.format.catalogue import CATALOGUE, SYNONYMS
-from halfstep.format.choices import Kind, Overflow, Specials
+from halfstep.format.choices import Kind, Overflow, Specials, Subnormals
 from halfstep.format.number import Format
 
-__all__ = ["parse_format"]
+__all__ = ["parse_name"]
 
 _FLOAT = re.compile(r"e(\d{1,3})m(\d{1,3})")
 _INTEGER = re.compile(r"int(\d{1,3})")
 _FIXED = re.compile(r"q(\d{1,3})\.(\d{1,3})")
+
+_OVERFLOWS = tuple(member.value for member in Overflow)
+_SUBNORMALS = tuple(member.value for member in Subnormals)
 
 # Names that mean different formats to different people: we ask instead of choosing.
 _AMBIGUOUS = MappingProxyType(
@@ -37,19 +41,24 @@ _FLOATS_BY_WIDTH: Mapping[tuple[int, int], Format] = MappingProxyType(
 )
 
 
-def parse_format(given: object) -> Format:
-    """The format that ``given`` means; see `Format.parse`."""
-    text = str(given).strip().lower().removeprefix("torch.")
-    name, colon, overflow = text.partition(":")
-    if not colon:
-        return _named(name)
-    words = [member.value for member in Overflow]
-    if overflow not in words:
-        _refuse_blocks(text)
-        raise FormatError(
-            f"overflow {overflow!r} in format {text!r}; allowed after the colon: {', '.join(words)}"
-        )
-    return _named(name).with_overflow(Overflow(overflow))
+@cache
+def parse_name(name: str) -> Format:
+    """The format that a name means; see `Format.parse`."""
+    text = name.strip().lower().removeprefix("torch.")
+    stem, *suffixes = text.split(":")
+    format = _named(stem)
+    for suffix in suffixes:
+        if suffix in _OVERFLOWS:
+            format = format.with_overflow(Overflow(suffix))
+        elif suffix in _SUBNORMALS:
+            format = format.with_subnormals(Subnormals(suffix))
+        else:
+            _refuse_blocks(text)
+            raise FormatError(
+                f"suffix {suffix!r} in format {text!r}; allowed after a colon: "
+                f"{', '.join([*_OVERFLOWS, *_SUBNORMALS])}"
+            )
+    return format
 
 
 def _named(name: str) -> Format:

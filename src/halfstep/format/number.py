@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from halfstep.errors import FormatError
-from halfstep.format.choices import Kind, Overflow, Specials
+from halfstep.errors import FormatError, UnknownNameError
+from halfstep.format.choices import Kind, Overflow, Specials, Subnormals
 
 __all__ = ["Format"]
 
@@ -45,6 +45,7 @@ class Format:
     """True for a fixed-point format that leaves its most negative code unused (ternary)."""
     specials: Specials = Specials.NONE
     overflow: Overflow = Overflow.SATURATE
+    subnormals: Subnormals = Subnormals.KEEP
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -60,12 +61,18 @@ class Format:
             possible, given, allowed = True, "", ""
         if not possible:
             raise FormatError(f"{self.name}: {given}; a {self.kind.value} format has {allowed}")
+        if self.subnormals is Subnormals.FLUSH and not (self.zero and self.smallest_normal > 0):
+            raise FormatError(
+                f"{self.name}: flushes subnormal numbers; only a floating-point format with normal "
+                "numbers and zero can"
+            )
         possible_overflows = [Overflow.SATURATE]
         possible_overflows += [Overflow.INF] if self.has_inf else []
         possible_overflows += [Overflow.NAN] if self.has_nan else []
+        possible_overflows += [Overflow.WRAP] if self._can_wrap else []
         if self.overflow not in possible_overflows:
             raise FormatError(
-                f"{self.name}: overflow to {self.overflow.value}, which no code means; "
+                f"{self.name}: overflow to {self.overflow.value}, which this format cannot; "
                 f"allowed: {', '.join(o.value for o in possible_overflows)}"
             )
 
@@ -75,8 +82,9 @@ class Format:
 
         A name is one of the catalogue (`formats`), of a family (``eXmY`` with 1 <= X <= 8 and
         0 <= Y <= 23, IEEE-like; ``intN`` and ``qI.F`` with 2 to 32 bits, I counts the sign), or a
-        synonym (``float16``, ``half``, ``torch.float8_e4m3fn`` ...). ``name:nan``,
-        ``name:saturate`` and ``name:inf`` override what overflow becomes.
+        synonym (``float16``, ``half``, ``torch.float8_e4m3fn`` ...). Suffixes override what the
+        literal says: ``:inf``, ``:saturate``, ``:nan`` and ``:wrap`` what overflow becomes,
+        ``:flush`` and ``:keep`` what subnormal numbers do (``e5m2:saturate:flush``).
 
         Raises `UnknownNameError` for a name that is none of these, `FormatError` for a format that
         cannot be.
@@ -89,16 +97,35 @@ class Format:
         if isinstance(given, cls):
             return given
         # Names mean literals, and literals are made of this class: import at the call.
-        from halfstep.format.names import parse_format
+        from halfstep.format.names import parse_name
 
-        return parse_format(given)
+        return parse_name(str(given))
 
     def with_overflow(self, overflow: Overflow) -> Format:
         """This format with another overflow; its name says so."""
-        base = Format.parse(self.name.partition(":")[0])
-        if base.overflow is overflow:
-            return base
-        return replace(self, name=f"{base.name}:{overflow.value}", overflow=overflow)
+        return self._with(overflow, self.subnormals)
+
+    def with_subnormals(self, subnormals: Subnormals) -> Format:
+        """This format with its subnormal numbers kept or flushed to zero; its name says so.
+
+        >>> f = Format.parse("e4m3fn").with_subnormals(Subnormals.FLUSH)
+        >>> str(f), f.smallest == f.smallest_normal, f.smallest_subnormal
+        ('e4m3fn:flush', True, nan)
+        """
+        return self._with(self.overflow, subnormals)
+
+    def _with(self, overflow: Overflow, subnormals: Subnormals) -> Format:
+        if (overflow, subnormals) == (self.overflow, self.subnormals):
+            return self
+        stem = self.name.partition(":")[0]
+        try:
+            base = Format.parse(stem)
+        except UnknownNameError:  # a literal of the user's
+            base = self
+        suffixes = [overflow.value] if overflow is not base.overflow else []
+        suffixes += [subnormals.value] if subnormals is not base.subnormals else []
+        name = ":".join([base.name, *suffixes])
+        return replace(self, name=name, overflow=overflow, subnormals=subnormals)
 
     def __str__(self) -> str:
         return self.name
@@ -119,25 +146,35 @@ class Format:
 
     @property
     def code_count(self) -> int:
-        """How many codes mean something: 2^bits, but one less where one is unused."""
+        """How many codes mean something: 2^bits, but those less that are unused."""
+        if self.subnormals is Subnormals.FLUSH:
+            return 2**self.bits - (1 + int(self.signed)) * (2**self.mantissa_bits - 1)
         return 2**self.bits - int(self.symmetric)
 
     def codes(self) -> Iterator[int]:
         """Every code that means something, ascending as an unsigned integer."""
-        unused = 1 << (self.bits - 1) if self.symmetric else -1
-        return (code for code in range(2**self.bits) if code != unused)
+        return (code for code in range(2**self.bits) if not self.is_unused(code))
+
+    def is_unused(self, code: int) -> bool:
+        """True for the code that a symmetric format leaves out, and for flushed subnormal numbers."""
+        if self.symmetric:
+            return code == 1 << (self.bits - 1)
+        if self.subnormals is Subnormals.KEEP:
+            return False
+        magnitude = code % 2 ** (self.bits - int(self.signed))
+        return 0 < magnitude < 2**self.mantissa_bits
 
     @property
     def has_inf(self) -> bool:
         """True if some code is infinity."""
-        return self.specials is Specials.IEEE
+        return self.specials in (Specials.IEEE, Specials.EXTENDED)
 
     @property
     def has_nan(self) -> bool:
         """True if some code is NaN."""
         if self.specials is Specials.IEEE:
             return self.mantissa_bits > 0
-        return self.specials is Specials.NAN_ONLY
+        return self.specials is not Specials.NONE
 
     @property
     def has_zero(self) -> bool:
@@ -147,7 +184,25 @@ class Format:
     @property
     def has_negative_zero(self) -> bool:
         """True if zero has two codes, +0 and -0."""
-        return self.kind is Kind.FLOAT and self.zero and self.signed
+        return (
+            self.kind is Kind.FLOAT and self.zero and self.signed and not self._nan_for_minus_zero
+        )
+
+    @property
+    def odd_exponents(self) -> bool:
+        """True if, without a mantissa, what makes a number odd is the last bit of its exponent.
+
+        So in IEEE P3109, section 4.6; IEEE 754 has no such rule, and all numbers but zero are odd.
+        """
+        return self._nan_for_minus_zero and self.mantissa_bits == 0
+
+    @property
+    def _nan_for_minus_zero(self) -> bool:
+        return self.specials in (Specials.EXTENDED, Specials.FINITE)
+
+    @property
+    def _can_wrap(self) -> bool:
+        return self.kind is Kind.FIXED and not self.symmetric
 
     # Limits
 
@@ -200,6 +255,8 @@ class Format:
             return 1.0
         if self.kind is Kind.FLOAT and self.max == 0:
             return math.nan
+        if self.subnormals is Subnormals.FLUSH or not self.zero:
+            return math.ldexp(1.0, self.min_exponent)
         return math.ldexp(1.0, self.quantum_exponent)
 
     @property
@@ -212,7 +269,7 @@ class Format:
     def smallest_subnormal(self) -> float:
         """The smallest positive number below the normal ones; NaN if there is none."""
         normal = self.smallest_normal
-        has_any = self.kind is Kind.FLOAT and self.mantissa_bits > 0
+        has_any = self.kind is Kind.FLOAT and self.mantissa_bits > 0 and self.zero
         return self.smallest if has_any and self.smallest != normal else math.nan
 
     @property
@@ -233,7 +290,9 @@ class Format:
         all_ones = 2 ** (self.exponent_bits + self.mantissa_bits) - 1
         if self.specials is Specials.IEEE:
             return all_ones - 2**self.mantissa_bits
-        return all_ones - int(self.specials is Specials.NAN_ONLY)
+        # unsigned, P3109's NaN has the uppermost code, and infinity the one below
+        taken = int(self._nan_for_minus_zero and not self.signed)
+        return all_ones - taken - int(self.specials in (Specials.NAN_ONLY, Specials.EXTENDED))
 
     def magnitude_of(self, code: int) -> Fraction:
         """The absolute value of a float's finite code, sign bit left out.

@@ -11,8 +11,9 @@ from torch import Tensor
 from halfstep.errors import OperandError
 from halfstep.format import Accumulator, Format, Kind, Order, Products, Rounding, Unit
 from halfstep.ops.backends import Backend
+from halfstep.ops.carriers import CARRIERS
 from halfstep.ops.random_bits import Key, draw_key
-from halfstep.ops.rounding import CARRIERS, round_to
+from halfstep.ops.rounding import round_to
 from halfstep.ops.sparsity import Sparse
 
 __all__ = [

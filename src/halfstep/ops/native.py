@@ -11,8 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfstep.format import Accumulator, Format, Kind, Order, Products, Rounding, Unit, overflow
+from halfstep.format import (
+    Accumulator,
+    Format,
+    Kind,
+    Order,
+    Overflow,
+    Products,
+    Rounding,
+    Subnormals,
+    Unit,
+    overflow,
+)
 from halfstep.ops import reference
+from halfstep.ops.carriers import holds
 from halfstep.ops.layout import PLAIN, in_memory_order, is_dense, overlaps, refuses_memory, starts
 from halfstep.ops.random_bits import Key
 
@@ -45,14 +57,16 @@ __all__ = [
 
 # as in _core/types.hpp
 _CARRIERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-
-# dtype -> the one that its numbers are rounded in
-_WIDE = {
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
+_SOURCES = _CARRIERS | {
+    torch.int8: 4,
+    torch.uint8: 5,
+    torch.bool: 5,
+    torch.int16: 6,
+    torch.int32: 7,
+    torch.int64: 8,
 }
+_NEED_FLOAT64 = (torch.float64, torch.int32, torch.int64)
+_GRADUAL, _WRAP, _FLUSH, _NO_ZERO = range(4)
 
 _CODES = {
     Rounding.NEAREST: 0,
@@ -61,6 +75,7 @@ _CODES = {
     Rounding.UP: 3,
     Rounding.DOWN: 4,
     Rounding.AWAY: 5,
+    Rounding.TO_ODD: 6,
 }
 
 
@@ -84,15 +99,22 @@ def refuses_round(format: Format | None, tensors: Sequence[Tensor]) -> str:
     """Why the kernels cannot round these tensors to that format; empty if they can."""
     if MISSING:
         return MISSING
-    # e1m0, whose smallest step is 2, would scale the least float32 numbers to nothing
-    if (
-        format is None
-        or format.kind is Kind.BINARY
-        or not format.has_zero
-        or format.quantum_exponent > 0
-    ):
+    if format is None or not _has_kernel(format):
         return f"{format} has no native kernel"
     return refuses_memory(tensors)
+
+
+@cache
+def _has_kernel(format: Format) -> bool:
+    if format.kind is not Kind.FLOAT:
+        return format.kind is Kind.FIXED
+    if not format.zero:
+        return not format.signed and format.min_exponent == -127
+    # The kernels know no grid but float32's own below its smallest normal number, and none that is
+    # finer than 2^-94, where a number that is subnormal in float32 is still 2^-32 of a spacing.
+    if format.min_exponent == -126:
+        return format.signed
+    return format.signed and format.min_exponent > -126 and format.quantum_exponent >= -94
 
 
 def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: Key) -> None:
@@ -106,24 +128,22 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
         # element by element, whatever their order: walk a transposed tensor as it lies
         target, source = in_memory_order(out, source)
     source = source.contiguous()
-    direct = (
-        target.is_contiguous()
-        and (source.dtype is torch.float64) is (target.dtype is torch.float64)
-        and not target.is_neg()
-        and not overlaps(target, source)
-    )
-    rounded = target if direct else torch.empty_like(source, dtype=_WIDE[source.dtype])
+    direct = target.is_contiguous() and not target.is_neg() and not overlaps(target, source)
+    rounded = target if direct else torch.empty_like(source, dtype=target.dtype)
     if source.numel():
+        in_float64 = source.dtype in _NEED_FLOAT64 or not holds(torch.float32, format)
         _core.round_to(
             source.data_ptr(),
-            _CARRIERS[source.dtype],
+            _SOURCES[source.dtype],
             rounded.data_ptr(),
             _CARRIERS[rounded.dtype],
+            in_float64,
             source.numel(),
-            _grid(format, rounding, _WIDE[source.dtype]),
+            _grid(format, rounding, in_float64),
             _CODES[rounding],
             key.low,
             key.high,
+            key.used,
             torch.get_num_threads(),
         )
     if direct:
@@ -137,7 +157,13 @@ def refuses_matmul(accumulator: Accumulator, tensors: Sequence[Tensor]) -> str:
     adder = accumulator.adder
     if isinstance(adder, Unit):
         return "units have kernels of their own"
-    return refuses_round(adder, tensors) or refuses_round(accumulator.between, ())
+    if accumulator.rounding is Rounding.TO_ODD:
+        return "no native kernel adds to odd"
+    for format in (adder, accumulator.between):
+        refusal = refuses_round(format, ())
+        if refusal or format.subnormals is Subnormals.FLUSH or format.overflow is Overflow.WRAP:
+            return refusal or f"no native kernel adds in {format}"
+    return refuses_round(adder, tensors)
 
 
 def matmul_into(
@@ -188,9 +214,9 @@ def _sum(accumulator: Accumulator) -> Any:
     between = Rounding.NEAREST if between_differs else accumulator.rounding
     pairwise = accumulator.order is Order.PAIRWISE
     return _core.DotSum(
-        adder=_grid(accumulator.format, accumulator.rounding, torch.float64),
-        between=_grid(accumulator.between, between, torch.float64),
-        start=_grid(_start(accumulator), Rounding.NEAREST, torch.float64),
+        adder=_grid(accumulator.format, accumulator.rounding, in_float64=True),
+        between=_grid(accumulator.between, between, in_float64=True),
+        start=_grid(_start(accumulator), Rounding.NEAREST, in_float64=True),
         between_differs=between_differs,
         rounding=_CODES[accumulator.rounding],
         products_rounded=accumulator.products is Products.ROUNDED,
@@ -260,8 +286,15 @@ def unscale(tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
 
 
 @cache
-def _grid(format: Format, rounding: Rounding, carrier: torch.dtype) -> Any:
-    digits = 52 if carrier is torch.float64 else 23
+def _grid(format: Format, rounding: Rounding, in_float64: bool) -> Any:
+    digits = 52 if in_float64 else 23
+    ends = _GRADUAL
+    if not format.zero:
+        ends = _NO_ZERO
+    elif format.subnormals is Subnormals.FLUSH:
+        ends = _FLUSH
+    elif format.overflow is Overflow.WRAP:
+        ends = _WRAP
     return _core.Grid(
         quantum_exponent=format.quantum_exponent,
         mantissa_bits=format.mantissa_bits if format.kind is Kind.FLOAT else digits,
@@ -272,6 +305,10 @@ def _grid(format: Format, rounding: Rounding, carrier: torch.dtype) -> Any:
         infinity_up=_becomes(format, rounding, negative=False, finite=False),
         infinity_down=_becomes(format, rounding, negative=True, finite=False),
         negative_zero=format.has_negative_zero,
+        ends=ends,
+        # the carriers' biases are odd
+        odd_exponents=format.bias % 2 if format.odd_exponents else -1,
+        span=2.0 ** (format.bits + format.quantum_exponent) if ends == _WRAP else 0.0,
     )
 
 

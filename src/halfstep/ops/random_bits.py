@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = ["FIRST", "SECOND", "STRIDE", "Key", "bits_of", "draw_key", "random_bits"]
 
+ALL_BITS = 32
 _MASK = 0xFFFFFFFF
 # The multipliers and shifts are the best known for two rounds of xorshift-multiply (C. Wellons,
 # hash-prospector, issue 19); both are below 2^31, so that a product with 32 bits fits an int64.
@@ -23,30 +24,37 @@ STRIDE = 0x9E3779B9  # key.high moves by so much every 2^32 elements
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """64 bits that choose one stream; two halves of 32."""
+    """64 bits that choose one stream, in two halves of 32, and how many bits are used of each draw."""
 
     low: int = 0
     high: int = 0
+    bits: int = ALL_BITS
+    """1 to 32: the uppermost ones; the others count as 0."""
+
+    @property
+    def used(self) -> int:
+        """The bits that are used, as a mask."""
+        return _MASK & -(1 << (ALL_BITS - self.bits))
 
     @classmethod
-    def from_seed(cls, seed: int) -> Key:
+    def from_seed(cls, seed: int, bits: int = ALL_BITS) -> Key:
         """The key of a seed: splitmix64's output, so that near seeds have far keys."""
         mask = 0xFFFFFFFFFFFFFFFF
         z = (seed + 0x9E3779B97F4A7C15) & mask
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
         z ^= z >> 31
-        return cls(low=z & _MASK, high=z >> 32)
+        return cls(low=z & _MASK, high=z >> 32, bits=bits)
 
 
-def draw_key(generator: torch.Generator | None) -> Key:
+def draw_key(generator: torch.Generator | None, bits: int = ALL_BITS) -> Key:
     """A key from one draw of the generator; of torch's default CPU generator where it is None.
 
     The same seed of the generator gives the same key, and each call moves the generator on.
     """
     device = generator.device if generator is not None else "cpu"
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
-    return Key.from_seed(int(seed))
+    return Key.from_seed(int(seed), bits)
 
 
 def random_bits(key: Key, shape: torch.Size, device: torch.device) -> Tensor:
@@ -60,4 +68,4 @@ def bits_of(key: Key, index: Tensor) -> Tensor:
     h = ((h ^ (h >> 16)) * FIRST) & _MASK
     h = h ^ (h >> 15) ^ ((key.high + (index >> 32) * STRIDE) & _MASK)
     h = (h * SECOND) & _MASK
-    return h ^ (h >> 15)
+    return (h ^ (h >> 15)) & key.used

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from halfstep.format import Format, Kind, Rounding, overflow
+from halfstep.format import Format, Kind, Overflow, Rounding, Subnormals, overflow
 from halfstep.ops.random_bits import Key, random_bits
 
 __all__ = ["count_nonfinite", "power_of_two", "round_into", "unscale"]
@@ -23,7 +23,7 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
     See `halfstep.round_to`. All is computed in float64, where every step is exact: a float of at
     most 53 bits, divided by a power of two, is a float64, and so is its rest below an integer.
     """
-    value = x.detach().to(torch.float64)
+    value = _as_float64(x.detach())
     if format.kind is Kind.BINARY:
         result = _round_binary(value, rounding, key)
     else:
@@ -32,21 +32,38 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
     out.copy_(torch.where(value.isnan(), value + value, result))
 
 
+def _as_float64(x: Tensor) -> Tensor:
+    """Exactly; but int64 beyond 2^53 to odd, so that the rounding that follows is the only one."""
+    wide = x.to(torch.float64)
+    if x.dtype is not torch.int64:
+        return wide
+    excess = (torch.frexp(wide).exponent - 53).clamp(min=0).to(torch.int64)
+    dropped = x & ((1 << excess) - 1)
+    odd = (x >> excess) | (dropped != 0)  # of the two neighbours, the one below and the next
+    return odd.to(torch.float64) * power_of_two(excess)
+
+
 def _round_number(value: Tensor, format: Format, rounding: Rounding, key: Key) -> Tensor:
     negative = value.signbit()
     magnitude = value.abs()
     # Numbers below 2^-300 all round alike; scaled as they are, the least would vanish.
     magnitude = torch.where(magnitude > 0, magnitude.clamp(min=2.0**-300), magnitude)
-    quantum_exponent = _quantum_exponent(magnitude, format)
-    count = magnitude * power_of_two(-quantum_exponent)
+    exponent = _quantum_exponent(magnitude, format)
+    count = magnitude * power_of_two(-exponent)
     whole = count.floor()
-    whole = whole + _STEPS[rounding](whole, count - whole, negative, key)
-    result = whole * power_of_two(quantum_exponent)
+    odd = _is_odd(whole, exponent, format)
+    whole = whole + _STEPS[rounding](odd, count - whole, negative, key)
+    result = whole * power_of_two(exponent)
+    if format.subnormals is Subnormals.FLUSH:
+        result = result.where(result >= 2.0**format.min_exponent, 0.0)
     if not format.has_zero:
         result = result.clamp(min=format.smallest)
     if format.signed:
         result = torch.copysign(result, value)
-    result = _overflow(result, value, format, rounding)
+    if format.overflow is Overflow.WRAP:
+        result = _wrapped(result.where(magnitude < 2.0**100, value), format)  # those are integers
+    else:
+        result = _overflow(result, value, format, rounding)
     if not format.signed:
         result = result.where(~negative | (magnitude == 0), torch.nan)
     return result if format.has_negative_zero else result + 0.0
@@ -57,9 +74,16 @@ def _quantum_exponent(magnitude: Tensor, format: Format) -> Tensor:
     if format.kind is Kind.FIXED:
         return torch.full_like(magnitude, format.quantum_exponent, dtype=torch.int64)
     exponent = torch.frexp(magnitude).exponent.to(torch.int64) - 1
-    # Beyond 2^128 every format overflows; the clamp keeps the powers of two below float64's range,
-    # and the undefined exponents of infinity and NaN in it.
-    return exponent.clamp(format.min_exponent, 128) - format.mantissa_bits
+    # Beyond 2^128 every format overflows, and below 2^-300 it is flushed; the clamp keeps the powers
+    # of two in float64's range, and the undefined exponents of infinity and NaN.
+    keeps = format.subnormals is Subnormals.KEEP
+    return exponent.clamp(format.min_exponent if keeps else -300, 128) - format.mantissa_bits
+
+
+def _is_odd(whole: Tensor, quantum_exponent: Tensor, format: Format) -> Tensor:
+    if format.odd_exponents:
+        return (whole == 1) & ((quantum_exponent + format.bias) % 2 == 1)
+    return whole.remainder(2) == 1
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -70,8 +94,8 @@ def power_of_two(exponent: Tensor) -> Tensor:
 _Step = Callable[[Tensor, Tensor, Tensor, Key], Tensor]
 
 
-def _to_nearest(whole: Tensor, rest: Tensor, _: Tensor, __: Key) -> Tensor:
-    return (rest > 0.5) | ((rest == 0.5) & (whole.remainder(2) == 1))
+def _to_nearest(odd: Tensor, rest: Tensor, _: Tensor, __: Key) -> Tensor:
+    return (rest > 0.5) | ((rest == 0.5) & odd)
 
 
 def _stochastic(_: Tensor, rest: Tensor, __: Tensor, key: Key) -> Tensor:
@@ -79,7 +103,7 @@ def _stochastic(_: Tensor, rest: Tensor, __: Tensor, key: Key) -> Tensor:
     return (rest * 2.0**32).floor() + uniform >= 2.0**32
 
 
-# rounding -> does the count of quanta grow by one? (whole, rest in [0, 1), negative, key)
+# rounding -> does the count of quanta grow by one? (it is odd, rest in [0, 1), negative, key)
 _STEPS: Mapping[Rounding, _Step] = MappingProxyType(
     {
         Rounding.NEAREST: _to_nearest,
@@ -88,8 +112,17 @@ _STEPS: Mapping[Rounding, _Step] = MappingProxyType(
         Rounding.UP: lambda _, rest, negative, __: (rest > 0) & ~negative,
         Rounding.DOWN: lambda _, rest, negative, __: (rest > 0) & negative,
         Rounding.STOCHASTIC: _stochastic,
+        Rounding.TO_ODD: lambda odd, rest, _, __: (rest > 0) & ~odd,
     }
 )
+
+
+def _wrapped(result: Tensor, format: Format) -> Tensor:
+    span = 2.0 ** (format.bits + format.quantum_exponent)
+    part = result.fmod(span)  # exact, as is every step
+    part = torch.where(part > format.max, part - span, part)
+    part = torch.where(part < format.lowest, part + span, part)
+    return part.where(result.isfinite(), torch.nan)
 
 
 def _overflow(result: Tensor, value: Tensor, format: Format, rounding: Rounding) -> Tensor:

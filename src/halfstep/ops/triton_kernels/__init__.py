@@ -16,7 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfstep.format import Accumulator, BlockFormat, Format, Kind, Order, Rounding, ScaleRule, Unit
+from halfstep.format import (
+    Accumulator,
+    BlockFormat,
+    Format,
+    Kind,
+    Order,
+    Overflow,
+    Rounding,
+    ScaleRule,
+    Subnormals,
+    Unit,
+)
 from halfstep.ops import block_reference, reference
 from halfstep.ops.layout import (
     PLAIN,
@@ -70,7 +81,7 @@ def missing() -> str:
 
 def refuses_round(format: Format | None, tensors: Sequence[Tensor]) -> str:
     """Why the kernels cannot round these tensors to that format; empty if they can."""
-    if format is None or format.kind is Kind.BINARY or not format.has_zero:
+    if format is None or format.kind is Kind.BINARY or not _knows(format):
         return f"{format} has no Triton kernel"
     for tensor in tensors:
         if tensor.dtype not in _CARRIERS:
@@ -98,7 +109,7 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
                 source,
                 rounded,
                 count,
-                *_signed(key),
+                *_signed(key.low, key.high, key.used),
                 to=grid_of(format, rounding),
                 BLOCK=block,
             )
@@ -118,9 +129,12 @@ def refuses_matmul(accumulator: Accumulator, tensors: Sequence[Tensor]) -> str:
     )
     if not plain:
         return f"no Triton kernel adds as {accumulator} does"
-    if accumulator.rounding is not Rounding.STOCHASTIC and not _takes(
-        accumulator.format, accumulator.rounding
-    ):
+    takes = (
+        _knows(accumulator.format)
+        if accumulator.rounding is Rounding.STOCHASTIC
+        else _takes(accumulator.format, accumulator.rounding)
+    )
+    if not takes:
         return f"no Triton kernel adds in {accumulator.adder}"
     own = accumulator.between == accumulator.adder
     if not own and not _takes(accumulator.between, Rounding.NEAREST):
@@ -130,8 +144,21 @@ def refuses_matmul(accumulator: Accumulator, tensors: Sequence[Tensor]) -> str:
     return _refuses_device(tensors) or refuses_memory(tensors)
 
 
+def _knows(format: Format) -> bool:
+    """Whether the format is signed with zero and subnormals, does not wrap, and knows no odd exponents."""
+    return (
+        format.has_zero
+        and format.signed
+        and not format.odd_exponents
+        and format.overflow is not Overflow.WRAP
+        and format.subnormals is Subnormals.KEEP
+    )
+
+
 def _takes(format: Format, rounding: Rounding) -> bool:
     """Whether float32 sums, rounded to odd, can be rounded to the format once more, or need not."""
+    if not _knows(format):
+        return False
     digits = format.precision if format.kind is Kind.FLOAT else format.bits - 1
     return digits <= _MOST_DIGITS or grid_of(format, rounding).is_float32
 
@@ -164,7 +191,7 @@ def matmul_into(
             depth,
             *a.stride()[-2:],
             *b.stride()[-2:],
-            *_signed(key),
+            *_signed(key.low, key.high),
             sums=sums_of(accumulator),
             ROWS=rows,
             COLUMNS=columns,
@@ -207,7 +234,7 @@ def round_blocks_into(
                 count,
                 length,
                 inner,
-                *_signed(key),
+                *_signed(key.low, key.high),
                 to=blocks_of(format, rounding),
                 BLOCKS=at_once,
                 EXTENT=extent,
@@ -327,6 +354,6 @@ def _launching(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else np.errstate(all="ignore")
 
 
-def _signed(key: Key) -> tuple[int, int]:
-    """The halves as int32, whatever they are: another type would be another kernel."""
-    return key.low - (key.low >> 31 << 32), key.high - (key.high >> 31 << 32)
+def _signed(*words: int) -> tuple[int, ...]:
+    """Words of 32 bits as int32, whatever they are: another type would be another kernel."""
+    return tuple(word - (word >> 31 << 32) for word in words)

@@ -29,20 +29,37 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _FIRST, _SECOND, _STRIDE = tl.constexpr(FIRST), tl.constexpr(SECOND), tl.constexpr(STRIDE)
 
 
-@triton.jit(do_not_specialize=["count", "key_low", "key_high"])
-def round_kernel(x_ptr, out_ptr, count, key_low, key_high, to: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["count", "key_low", "key_high", "key_used"])
+def round_kernel(
+    x_ptr,
+    out_ptr,
+    count,
+    key_low,
+    key_high,
+    key_used,
+    to: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """``out`` = round(x), both contiguous; element i has random bits i of the key."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     if start + BLOCK <= count:  # without a mask it is read and written 16 bytes at a time
-        _round_block(x_ptr, out_ptr, start, None, key_low, key_high, to, BLOCK)
+        _round_block(x_ptr, out_ptr, start, None, key_low, key_high, key_used, to, BLOCK)
     else:
         mask = tl.arange(0, BLOCK) < count - start
-        _round_block(x_ptr, out_ptr, start, mask, key_low, key_high, to, BLOCK)
+        _round_block(x_ptr, out_ptr, start, mask, key_low, key_high, key_used, to, BLOCK)
 
 
 @triton.jit
 def _round_block(
-    x_ptr, out_ptr, start, mask, key_low, key_high, to: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    out_ptr,
+    start,
+    mask,
+    key_low,
+    key_high,
+    key_used,
+    to: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     inside = tl.arange(0, BLOCK)
     bits = to_bits(tl.load(x_ptr + start + inside, mask=mask))
@@ -51,6 +68,7 @@ def _round_block(
         # a block begins at a multiple of its size, so the index carries into no upper half inside
         low = (start & 0xFFFFFFFF).to(tl.uint32) + inside.to(tl.uint32)
         random = finish_bits(start_bits(low, key_low), (start >> 32).to(tl.uint32), key_high)
+        random = random & key_used.to(tl.uint32, bitcast=True)
     rounded = from_bits(round_bits(bits, random, to), out_ptr.dtype.element_ty)
     tl.store(out_ptr + start + inside, rounded, mask=mask)
 
@@ -80,6 +98,9 @@ def round_bits(bits, random, grid: tl.constexpr):
         addend = tl.where(negative, 0, all_dropped)
     elif grid.rounding == "down":
         addend = tl.where(negative, all_dropped, 0)
+    elif grid.rounding == "to_odd":
+        inexact = (significand & all_dropped) != 0
+        addend = tl.where(inexact & ((significand >> dropped) & 1 == 0), 1 << dropped, 0)
     elif grid.rounding == "stochastic":
         addend = ((random >> (31 - dropped).to(tl.uint32)) >> 1).to(tl.int32)
     else:
@@ -88,7 +109,10 @@ def round_bits(bits, random, grid: tl.constexpr):
     kept = (significand + addend) & ~all_dropped
     rounded = tl.where(kept == 0, 0, kept + base)
     if grid.is_even_below and (
-        grid.rounding == "up" or grid.rounding == "down" or grid.rounding == "stochastic"
+        grid.rounding == "up"
+        or grid.rounding == "down"
+        or grid.rounding == "to_odd"
+        or grid.rounding == "stochastic"
     ):
         # what is far below the smallest number still reaches it
         if grid.rounding == "stochastic":
