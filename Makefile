@@ -10,7 +10,7 @@ SHELL  := /bin/bash
 
 NATIVE := CMakeLists.txt $(wildcard src/halfstep/_core/*.cpp src/halfstep/_core/*.hpp)
 
-.PHONY: help setup demo test test-all browser lint type docs bench clean
+.PHONY: help setup demo test test-all sanitize browser lint type docs bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -38,7 +38,13 @@ test: $(STAMP) $(TRITON) browser ## lint, types and the quick tests: what CI run
 
 test-all: $(STAMP) $(TRITON) browser ## everything, the long tests too
 	$(MAKE) --no-print-directory lint type
+	$(MAKE) --no-print-directory sanitize
 	$(BIN)/python -m pytest -m 'not gpu'
+
+sanitize: $(STAMP) ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B build/sanitize -DHALFSTEP_SANITIZE=ON >/dev/null
+	$(BIN)/cmake --build build/sanitize --parallel 2 >/dev/null
+	build/sanitize/sanitize
 
 # The report's page is tested in headless Chromium. Debian has it; only root may install it.
 browser:

@@ -416,6 +416,21 @@ def test_package_works_without_the_extension():
     subprocess.run([sys.executable, "-c", WITHOUT], check=True, timeout=120)
 
 
+STALE = """
+import halfstep._core
+halfstep._core.sources = "those of last week"
+from halfstep.ops import native
+assert native.MISSING.startswith(
+    "the extension halfstep._core is older than its sources; build it again: `make setup`"
+), native.MISSING
+"""
+
+
+@pytest.mark.skipif(not NATIVE_SETS, reason="needs the extension")
+def test_an_extension_older_than_its_sources_is_not_used():
+    subprocess.run([sys.executable, "-c", STALE], check=True, timeout=120)
+
+
 # Laws
 
 finite32 = st.floats(allow_nan=False, allow_infinity=False, width=32)

@@ -98,6 +98,7 @@ std::vector<std::string> instruction_sets() {
 
 NB_MODULE(_core, m) {
   m.doc() = "halfstep's native kernels; halfstep.ops.native calls them.";
+  m.attr("sources") = HALFSTEP_SOURCES;  // the digest of what this was built of
 
   nb::class_<Grid>(m, "Grid", "The numbers to round to; see types.hpp.")
       .def(

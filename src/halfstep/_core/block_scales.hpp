@@ -103,7 +103,7 @@ void find_scales(const BlockPlan& plan, const std::uint32_t* top, std::size_t n,
     const float quotient = float_of(top[i]) / plan.largest / plan.tensor_scale;
     scale[i] = std::min(std::max(quotient, plan.least_scale), plan.most_scale);
   }
-  round_to<L>(scale, scale, 0, n, plan.scale, Rounding::nearest, Key{}, false);
+  round_to<L>(scale, scale, n, 0, plan.scale, Rounding::nearest, Key{}, false);
   for (std::size_t i = 0; i < n; ++i)
     scale[i] = top[i] >= float_infinity ? float_of(float_nan) : scale[i];
   if (plan.scale_is_byte) {

@@ -206,7 +206,7 @@ template <class L>
 void narrow(const BlockPlan& plan, const BlockArrays& arrays, float* numbers, std::size_t at,
             std::size_t n) {
   if (arrays.carrier == Carrier::float32) return;
-  round_to<L>(numbers, numbers, 0, n, plan.carrier, Rounding::nearest, Key{}, false);
+  round_to<L>(numbers, numbers, n, 0, plan.carrier, Rounding::nearest, Key{}, false);
   from_float32(numbers, arrays.carrier, static_cast<std::uint16_t*>(arrays.out) + at, n);
 }
 
@@ -368,6 +368,7 @@ void quantize_blocks(const BlockPlan& plan, const BlockLayout& layout, const Blo
     case Rounding::up: return with(Type<AnyRounding<L, Rounding::up>>{});
     case Rounding::down: return with(Type<AnyRounding<L, Rounding::down>>{});
     case Rounding::away: return with(Type<AnyRounding<L, Rounding::away>>{});
+    case Rounding::to_odd: return with(Type<AnyRounding<L, Rounding::to_odd>>{});
   }
 }
 

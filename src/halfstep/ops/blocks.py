@@ -12,9 +12,9 @@ from halfstep.errors import OperandError
 from halfstep.format import BlockFormat, Kind, Rounding
 from halfstep.ops.backends import Backend, choose
 from halfstep.ops.block_tensor import BlockTensor
+from halfstep.ops.carriers import CARRIERS
 from halfstep.ops.custom import outside_graphs
 from halfstep.ops.random_bits import Key, draw_key
-from halfstep.ops.rounding import CARRIERS
 
 __all__ = ["quantize_blocks", "round_blocks"]
 

@@ -6,6 +6,8 @@ import contextlib
 import importlib
 from collections.abc import Iterator, Sequence
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,14 +32,27 @@ from halfstep.ops.random_bits import Key
 
 
 def _load() -> tuple[Any, str]:
-    """The extension, and why it is missing; imported by name, as it is no Python module."""
+    """The extension, and why it cannot be used; imported by name, as it is no Python module."""
     try:
         core = importlib.import_module("halfstep._core")
     except ImportError as error:
         return None, f"the extension halfstep._core is not there ({error})"
     # where only its sources are, that name is an empty namespace package
-    missing = "" if hasattr(core, "Grid") else "the extension halfstep._core is not there"
-    return core, missing
+    if not hasattr(core, "Grid"):
+        return core, "the extension halfstep._core is not there"
+    if _digest_of_sources() not in ("", getattr(core, "sources", None)):
+        return core, (
+            "the extension halfstep._core is older than its sources; build it again: "
+            "`make setup`, or pip install -e ."
+        )
+    return core, ""
+
+
+def _digest_of_sources() -> str:
+    """As CMakeLists.txt has it; empty where the sources are not beside the package."""
+    files = sorted((Path(__file__).parents[1] / "_core").glob("*.[ch]pp"))
+    digests = "".join(sha256(file.read_bytes()).hexdigest() for file in files)
+    return sha256(digests.encode()).hexdigest() if files else ""
 
 
 _core, MISSING = _load()

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfstep.format import Accumulator, BlockFormat, Format, Kind, Rounding, ScaleRule
+from halfstep.format import (
+    Accumulator,
+    BlockFormat,
+    Format,
+    Kind,
+    Overflow,
+    Rounding,
+    ScaleRule,
+    Subnormals,
+)
 from halfstep.ops import block_reference as reference
 from halfstep.ops import native
 from halfstep.ops.bit_packing import packed_length, stored_as, values_of
@@ -31,7 +40,13 @@ _NARROW = {torch.float16: Format.parse("fp16"), torch.bfloat16: Format.parse("bf
 
 def refuses(asked: Format | Accumulator | None, tensors: Sequence[Tensor]) -> str:
     """Why the kernels cannot take these elements or tensors; empty if they can."""
-    if not isinstance(asked, Format) or asked.bits > 8:
+    if (
+        not isinstance(asked, Format)
+        or asked.bits > 8
+        or not asked.has_zero
+        or asked.overflow is Overflow.WRAP
+        or asked.subnormals is Subnormals.FLUSH
+    ):
         return f"elements {asked} have no native kernel"
     for tensor in tensors:
         if tensor.dtype is torch.float64:
@@ -247,7 +262,7 @@ def _fixed_part(format: BlockFormat, carrier: torch.dtype) -> dict[str, Any]:
     element = format.element
     is_float = element.kind is Kind.FLOAT
     return {
-        "element": native._grid(element, Rounding.NEAREST, torch.float32),
+        "element": native._grid(element, Rounding.NEAREST, in_float64=False),
         "element_bits": element.bits,
         "element_bias": element.bias,
         "element_is_fixed": not is_float,
@@ -262,10 +277,10 @@ def _fixed_part(format: BlockFormat, carrier: torch.dtype) -> dict[str, Any]:
         "scale": native._grid(
             _FP32 if format.scale.bits == 32 or not format.scale.has_zero else format.scale,
             Rounding.NEAREST,
-            torch.float32,
+            in_float64=False,
         ),
         "scale_is_byte": format.scale.bits == 8,
-        "carrier": native._grid(_NARROW.get(carrier, _FP32), Rounding.NEAREST, torch.float32),
+        "carrier": native._grid(_NARROW.get(carrier, _FP32), Rounding.NEAREST, in_float64=False),
     }
 
 
