@@ -16,9 +16,11 @@ inline std::vector<const Kernels*> available_kernels() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
+#ifdef HALFSTEP_AVX512  // see CMakeLists.txt
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     found.push_back(&avx512_kernels);
+#endif
   if (avx2) found.push_back(&avx2_kernels);
 #endif
   found.push_back(&portable_kernels);
