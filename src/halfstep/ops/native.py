@@ -176,8 +176,12 @@ def refuses_matmul(accumulator: Accumulator, tensors: Sequence[Tensor]) -> str:
         return "no native kernel adds to odd"
     for format in (adder, accumulator.between):
         refusal = refuses_round(format, ())
-        if refusal or format.subnormals is Subnormals.FLUSH or format.overflow is Overflow.WRAP:
-            return refusal or f"no native kernel adds in {format}"
+        # the kernels write float32
+        wide = format.kind is Kind.FIXED and format.bits > 25
+        if wide or format.subnormals is Subnormals.FLUSH or format.overflow is Overflow.WRAP:
+            refusal = refusal or f"no native kernel adds in {format}"
+        if refusal:
+            return refusal
     return refuses_round(adder, tensors)
 
 
