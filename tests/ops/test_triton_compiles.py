@@ -33,10 +33,10 @@ def ptx(kernel, types, **constants):
     return found.asm["ptx"]
 
 fp16, nearest, stochastic = Format.parse("fp16"), Rounding.NEAREST, Rounding.STOCHASTIC
-flat = ptx(rounding.round_kernel, "*fp32 *fp32 i32 i32 i32", to=grid.grid_of(fp16, nearest), BLOCK=2048)
+flat = ptx(rounding.round_kernel, "*fp32 *fp32 i32 i32 i32 i32", to=grid.grid_of(fp16, nearest), BLOCK=2048)
 every = [flat]
 every.append(ptx(
-    rounding.round_kernel, "*bf16 *fp16 i64 i32 i32", to=grid.grid_of(fp16, stochastic), BLOCK=2048
+    rounding.round_kernel, "*bf16 *fp16 i64 i32 i32 i32", to=grid.grid_of(fp16, stochastic), BLOCK=2048
 ))
 whole = "*fp32 *fp32 *fp32 *i64 *i64 i32 i32 i32 i32 i32 i32 i32 i32 i32"
 for text in ("fp16", "bf16/down/products-rounded/chunk64/between-fp32", "e6m9/stochastic"):
