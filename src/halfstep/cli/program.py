@@ -107,12 +107,17 @@ def _code(path: str) -> types.CodeType:
 # --- tracebacks ----------------------------------------------------------------------------------
 
 
+# Tracebacks as they were: Python 3.11 may crash where their frames go while it leaves by them.
+_whole: list[types.TracebackType | None] = []
+
+
 def _print_traceback_as_python(then: Callable[[], object]) -> None:
     """Have the exception that is on its way out printed without our lines, and ``then`` called."""
     printing = sys.excepthook  # the program's, where it has set one
 
     def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
         sys.excepthook = printing
+        _whole.append(traceback)
         _clean(error, set())
         sys.last_traceback = error.__traceback__
         try:
