@@ -189,6 +189,21 @@ def test_every_order_equals_fractions(backend: str, depth: int, accumulate: str)
     assert torch.equal(on(backend, a, b, accumulate, start), torch.tensor(right))
 
 
+@pytest.mark.skipif(not NATIVE_SETS, reason="needs the extension")
+@pytest.mark.parametrize("backend", NATIVE_SETS)
+@pytest.mark.parametrize("start", [1.0001, -2.7, 1e-7, 7e4, INF, NAN, -0.0, 3e-39, 12345.678])
+@pytest.mark.parametrize(
+    "accumulate", ["fp16", "bf16/split2", "e4m3fn", "fp32", "q8.8", "int24", "fp16/chunk2", "e8m22"]
+)
+def test_one_number_to_start_from(backend: str, start: float, accumulate: str):
+    """It is rounded once, by another way than a tensor of them."""
+    a, b = operands(3, 4), operands(4, 5)
+    right = on("reference", a, b, accumulate, torch.tensor(start))
+    assert same_numbers(on(backend, a, b, accumulate, torch.tensor(start)), right).all()
+    tensor = torch.full((3, 5), start)
+    assert same_numbers(on(backend, a, b, accumulate, tensor), right).all()
+
+
 def test_stochastic_sums_are_unbiased_and_known_by_their_seed():
     """The mean of n sums of K = 50 steps, each of at most a unit u of the sum's binade, in 4 sigma."""
     rows = 4000

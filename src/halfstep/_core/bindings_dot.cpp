@@ -51,7 +51,7 @@ void dot(std::uintptr_t a, std::uintptr_t a_starts, std::ptrdiff_t a_row, std::p
   float first = 0;
   if (start != 0) {
     double number = *reinterpret_cast<const float*>(start);
-    kernels->round_to({&number, Carrier::float64, &number, Carrier::float64}, 0, 1, sum.start,
+    kernels->round_to({&number, Carrier::float64, &number, Carrier::float64, true}, 0, 1, sum.start,
                       Rounding::nearest, Key{}, false);
     first = float(number);
   }
