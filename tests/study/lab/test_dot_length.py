@@ -9,8 +9,6 @@ from halfstep.study.lab.dot_length import BOUNDS, dot_length
 
 LENGTHS, GROWTH = (2**6, 2**8, 2**10), (2**6, 2**10)
 
-pytestmark = pytest.mark.slow  # a minute without native accumulators
-
 
 @pytest.fixture(scope="module")
 def result():

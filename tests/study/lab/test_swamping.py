@@ -11,8 +11,6 @@ from halfstep.study.lab.swamping import CASES, Kept, running_sums, swamping
 SHORT = (256, 2**13)  # long enough for sums in e6m9 and bf16 to stop
 STOPS = {"e6m9": 2.0**12, "bf16": 2.0**10}
 
-pytestmark = pytest.mark.slow  # a minute without native accumulators
-
 
 @pytest.fixture(scope="module")
 def result():
