@@ -58,9 +58,12 @@ def _digest_of_sources() -> str:
 _core, MISSING = _load()
 
 __all__ = [
+    "CARRIERS",
+    "CODES",
     "MISSING",
     "core",
     "count_nonfinite",
+    "grid_of",
     "instruction_set",
     "matmul_into",
     "refuses_count",
@@ -71,8 +74,8 @@ __all__ = [
 ]
 
 # as in _core/types.hpp
-_CARRIERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-_SOURCES = _CARRIERS | {
+CARRIERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_SOURCES = CARRIERS | {
     torch.int8: 4,
     torch.uint8: 5,
     torch.bool: 5,
@@ -83,7 +86,7 @@ _SOURCES = _CARRIERS | {
 _NEED_FLOAT64 = (torch.float64, torch.int32, torch.int64)
 _GRADUAL, _WRAP, _FLUSH, _NO_ZERO = range(4)
 
-_CODES = {
+CODES = {
     Rounding.NEAREST: 0,
     Rounding.STOCHASTIC: 1,
     Rounding.TOWARD_ZERO: 2,
@@ -151,11 +154,11 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
             source.data_ptr(),
             _SOURCES[source.dtype],
             rounded.data_ptr(),
-            _CARRIERS[rounded.dtype],
+            CARRIERS[rounded.dtype],
             in_float64,
             source.numel(),
-            _grid(format, rounding, in_float64),
-            _CODES[rounding],
+            grid_of(format, rounding, in_float64),
+            CODES[rounding],
             key.low,
             key.high,
             key.used,
@@ -233,11 +236,11 @@ def _sum(accumulator: Accumulator) -> Any:
     between = Rounding.NEAREST if between_differs else accumulator.rounding
     pairwise = accumulator.order is Order.PAIRWISE
     return _core.DotSum(
-        adder=_grid(accumulator.format, accumulator.rounding, in_float64=True),
-        between=_grid(accumulator.between, between, in_float64=True),
-        start=_grid(_start(accumulator), Rounding.NEAREST, in_float64=True),
+        adder=grid_of(accumulator.format, accumulator.rounding, in_float64=True),
+        between=grid_of(accumulator.between, between, in_float64=True),
+        start=grid_of(_start(accumulator), Rounding.NEAREST, in_float64=True),
         between_differs=between_differs,
-        rounding=_CODES[accumulator.rounding],
+        rounding=CODES[accumulator.rounding],
         products_rounded=accumulator.products is Products.ROUNDED,
         order=1 if pairwise else 2 if accumulator.compensated else 0,
         chunk=accumulator.chunk,
@@ -259,14 +262,14 @@ def count_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
         takes = (
             type(tensor) in PLAIN
             and tensor.device.type == "cpu"
-            and tensor.dtype in _CARRIERS
+            and tensor.dtype in CARRIERS
             and tensor.is_contiguous()
         )
         (ours if takes else others).append(index)
     found = _core.count_nonfinite(
         [tensors[i].data_ptr() for i in ours],
         [tensors[i].numel() for i in ours],
-        [_CARRIERS[tensors[i].dtype] for i in ours],
+        [CARRIERS[tensors[i].dtype] for i in ours],
         torch.get_num_threads(),
     )
     for index, count in zip(ours, found, strict=True):
@@ -297,7 +300,7 @@ def unscale(tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
         [tensors[i].data_ptr() for i in ours],
         [wide[i].data_ptr() for i in ours],
         [tensors[i].numel() for i in ours],
-        [_CARRIERS[tensors[i].dtype] for i in ours],
+        [CARRIERS[tensors[i].dtype] for i in ours],
         scale,
         torch.get_num_threads(),
     )
@@ -305,7 +308,8 @@ def unscale(tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
 
 
 @cache
-def _grid(format: Format, rounding: Rounding, in_float64: bool) -> Any:
+def grid_of(format: Format, rounding: Rounding, in_float64: bool) -> Any:
+    """The format as the kernels know it, for numbers that are rounded in float64 or in float32."""
     digits = 52 if in_float64 else 23
     ends = _GRADUAL
     if not format.zero:

@@ -109,11 +109,11 @@ def dequantize_into(out: Tensor, parts: Parts, format: BlockFormat, dim: int) ->
     tensor_scale = parts.tensor_scale
     given = float(reference.load_scales(scales, format)) if format.rows == 0 else 0.0
     plan = _plan(format, out.dtype, float(tensor_scale), given)
-    native._core.dequantize_blocks(
+    native.core().dequantize_blocks(
         plan=plan,
         layout=layout,
         out=target.data_ptr(),
-        carrier=native._CARRIERS[out.dtype],
+        carrier=native.CARRIERS[out.dtype],
         values=values.data_ptr(),
         scales=scales.data_ptr(),
         scale_table=_table(format.scale).data_ptr(),
@@ -145,10 +145,10 @@ def _look(x: Tensor, format: BlockFormat, layout: Any, dim: int) -> _Beforehand:
     in_line = layout.rows == 1 and layout.down == 0 and _CHUNK % size == 0
     keeps = format.has_tensor_scale and in_line
     tops = torch.empty(-(-x.numel() // size) if keeps else 0, dtype=torch.int32)
-    top = native._core.top_magnitude(
+    top = native.core().top_magnitude(
         x=x.data_ptr(),
         n=x.numel(),
-        carrier=native._CARRIERS[x.dtype],
+        carrier=native.CARRIERS[x.dtype],
         size=size,
         tops=tops.data_ptr(),
         threads=torch.get_num_threads(),
@@ -173,17 +173,17 @@ def _run(
     out: Tensor | None = None,
     values: Tensor | None = None,
 ) -> None:
-    native._core.quantize_blocks(
+    native.core().quantize_blocks(
         plan=_plan(format, x.dtype, float(known.tensor_scale), known.given),
         layout=layout,
         x=x.data_ptr(),
-        carrier=native._CARRIERS[x.dtype],
+        carrier=native.CARRIERS[x.dtype],
         out=0 if out is None else out.data_ptr(),
         values=0 if values is None else values.data_ptr(),
         scales=scales.data_ptr(),
         n=x.numel(),
         tops=known.tops.data_ptr(),
-        rounding=native._CODES[rounding],
+        rounding=native.CODES[rounding],
         key_low=key.low,
         key_high=key.high,
         threads=torch.get_num_threads(),
@@ -235,7 +235,7 @@ def _Layout(  # noqa: N802
     block_rows: int = 1,
     block_columns: int,
 ) -> Any:
-    return native._core.BlockLayout(
+    return native.core().BlockLayout(
         outer=outer,
         rows=rows,
         columns=columns,
@@ -254,7 +254,7 @@ def _table(format: Format) -> Tensor:
 
 def _plan(format: BlockFormat, carrier: torch.dtype, tensor_scale: float, given: float) -> Any:
     fixed = _fixed_part(format, carrier)
-    return native._core.BlockPlan(**fixed, tensor_scale=tensor_scale, given_scale=given)
+    return native.core().BlockPlan(**fixed, tensor_scale=tensor_scale, given_scale=given)
 
 
 @cache
@@ -262,7 +262,7 @@ def _fixed_part(format: BlockFormat, carrier: torch.dtype) -> dict[str, Any]:
     element = format.element
     is_float = element.kind is Kind.FLOAT
     return {
-        "element": native._grid(element, Rounding.NEAREST, in_float64=False),
+        "element": native.grid_of(element, Rounding.NEAREST, in_float64=False),
         "element_bits": element.bits,
         "element_bias": element.bias,
         "element_is_fixed": not is_float,
@@ -274,13 +274,13 @@ def _fixed_part(format: BlockFormat, carrier: torch.dtype) -> dict[str, Any]:
         "largest": element.max,
         "least_scale": format.smallest_scale,
         "most_scale": format.scale.max,
-        "scale": native._grid(
+        "scale": native.grid_of(
             _FP32 if format.scale.bits == 32 or not format.scale.has_zero else format.scale,
             Rounding.NEAREST,
             in_float64=False,
         ),
         "scale_is_byte": format.scale.bits == 8,
-        "carrier": native._grid(_NARROW.get(carrier, _FP32), Rounding.NEAREST, in_float64=False),
+        "carrier": native.grid_of(_NARROW.get(carrier, _FP32), Rounding.NEAREST, in_float64=False),
     }
 
 
