@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -14,7 +15,9 @@ from halfstep.diagnosis.statistics import Exponents, Reach
 __all__ = [
     "COLOURS",
     "binades",
+    "binary_axis",
     "bytes_held",
+    "exponents_between",
     "lines",
     "loss_by_scale",
     "percent",
@@ -23,6 +26,7 @@ __all__ = [
     "styled",
 ]
 
+_MOST_TICKS = 11
 COLOURS = ("#33507a", "#0f7b55", "#b3261e", "#c77700", "#6b4fa0", "#5b6475")
 _DASHES = ("solid", "dash", "dot")  # curves that lie on each other must all be seen
 _LOST, _SUBNORMAL, _NORMAL = "#b3261e", "#e0a63a", "#2f6db5"
@@ -35,6 +39,31 @@ def power(exponent: int) -> str:
     '2⁻²⁴'
     """
     return "2" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def binary_axis(update: Callable[..., Any], values: Iterable[float]) -> None:
+    """A logarithmic axis marked in powers of two; ``update`` is a figure's update_xaxes or update_yaxes."""
+    positive = [value for value in values if value > 0]
+    if not positive:
+        return
+    low, high = math.log2(min(positive)), math.log2(max(positive))
+    exponents = exponents_between(low, high)
+    margin = 0.04 * (high - low) or 0.5
+    update(
+        type="log",
+        tickvals=[2.0**e for e in exponents],
+        ticktext=[power(e) for e in exponents],
+        # plotly counts a logarithmic axis in powers of ten
+        range=[(low - margin) * math.log10(2), (high + margin) * math.log10(2)],
+    )
+
+
+def exponents_between(low: float, high: float) -> list[int]:
+    """Whole exponents from ``low`` to ``high``, a power of two apart, few enough to be read."""
+    step = 1
+    while (high - low) / step > _MOST_TICKS:
+        step *= 2
+    return list(range(math.ceil(low / step) * step, math.floor(high) + 1, step))
 
 
 def percent(share: float) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from halfstep.diagnosis.page import Card, Page, Tone, figure, note, paragraph, table
-from halfstep.diagnosis.plots import COLOURS, styled
+from halfstep.diagnosis.plots import COLOURS, binary_axis, styled
 from halfstep.switching.run_summary import ModelRun, RunSummary
 
 __all__ = ["build_page"]
@@ -70,10 +70,11 @@ def _steps(model: ModelRun, name: str) -> list[str]:
         name="skipped",
         marker={"color": COLOURS[2], "size": 8},
     )
-    plot.update_yaxes(type="log", dtick="D1")
     shown = model.skips[:_SKIPS_SHOWN]
     rows = [(str(skip.step), f"{skip.loss_scale:g}", _worst(skip.nonfinite)) for skip in shown]
-    bodies = [paragraph(str(model)), figure(styled(plot, x="step", y="loss scale"), name)]
+    styled(plot, x="step", y="loss scale")
+    binary_axis(plot.update_yaxes, [scale for _, scale in model.scales])
+    bodies = [paragraph(str(model)), figure(plot, name)]
     if rows:
         head = ("step", "loss scale", "inf or NaN in the gradient of")
         bodies.append(table(head, rows, numbers=(0, 1)))

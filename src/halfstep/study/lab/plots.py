@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
 import plotly.graph_objects as go
 
-from halfstep.diagnosis.plots import COLOURS, power, styled
-from halfstep.study.lab.results import Axis, Curves, Panel, Spans, Ticks
+from halfstep.diagnosis.plots import COLOURS, binary_axis, exponents_between, power, styled
+from halfstep.study.lab.results import Curves, Panel, Spans, Ticks
 
 __all__ = ["draw"]
 
@@ -27,7 +25,6 @@ _HUES = {
 }
 _DASHES = ("solid", "dash", "dashdot", "longdash", "longdashdot")
 _THEORY = "dot"
-_MOST_TICKS = 11
 _LEGEND_LINE = 22  # pixels; four names fit on a line of the page
 _LINE_OF_FOUR = 4
 
@@ -64,8 +61,10 @@ def _curves(panel: Curves) -> go.Figure:
     lines = math.ceil(len(panel.curves) / _LINE_OF_FOUR)
     styled(plot, x=panel.x.title, y=panel.y.title, height=400 + _LEGEND_LINE * lines)
     plot.update_layout(margin={"t": 24 + _LEGEND_LINE * lines})
-    _scale(plot.update_xaxes, panel.x, (v for c in panel.curves for v in c.x))
-    _scale(plot.update_yaxes, panel.y, (v for c in panel.curves for v in c.y))
+    if panel.x.log:
+        binary_axis(plot.update_xaxes, (v for c in panel.curves for v in c.x))
+    if panel.y.log:
+        binary_axis(plot.update_yaxes, (v for c in panel.curves for v in c.y))
     return plot
 
 
@@ -90,7 +89,7 @@ def _spans(panel: Spans) -> go.Figure:
     plot.update_yaxes(autorange="reversed")
     styled(plot, x=panel.x.title, y="", height=130 + 30 * len(panel.spans))
     ends = [math.log2(end) for span in panel.spans for end in (span.low, span.high)]
-    exponents = _exponents(min(ends), max(ends))
+    exponents = exponents_between(min(ends), max(ends))
     plot.update_xaxes(tickvals=exponents, ticktext=[power(e) for e in exponents])
     return plot
 
@@ -117,31 +116,3 @@ def _colour(hue: str, seen: dict[str, int]) -> str:
     others = [name for name in seen if name not in _HUES]
     place = others.index(hue) if hue in others else len(others)
     return COLOURS[place % len(COLOURS)]
-
-
-def _scale(update: Any, axis: Axis, values: Iterable[float]) -> None:
-    if not axis.log:
-        return
-    positive = [value for value in values if value > 0]
-    if not positive:
-        return
-    low, high = math.log2(min(positive)), math.log2(max(positive))
-    exponents = _exponents(low, high)
-    update(
-        type="log",
-        tickvals=[2.0**e for e in exponents],
-        ticktext=[power(e) for e in exponents],
-        # plotly counts a logarithmic axis in powers of ten
-        range=[
-            (low - 0.04 * (high - low)) * math.log10(2),
-            (high + 0.04 * (high - low)) * math.log10(2),
-        ],
-    )
-
-
-def _exponents(low: float, high: float) -> list[int]:
-    """Whole exponents from ``low`` to ``high``, a power of two apart, few enough to be read."""
-    step = 1
-    while (high - low) / step > _MOST_TICKS:
-        step *= 2
-    return list(range(math.ceil(low / step) * step, math.floor(high) + 1, step))
