@@ -24,12 +24,16 @@ other_changes = st.fixed_dictionaries(
     {},
     optional={
         "policy": st.sampled_from(["amp", "paper"]),
-        "scaling": st.sampled_from(["none", "dynamic"]),
+        "scaling": st.sampled_from(["none", "static", "dynamic", "log-normal"]),
         "initial": st.floats(1.0, 2.0**100),
         "growth": st.floats(1.0, 16.0),
         "backoff": st.floats(0.01, 0.99),
         "interval": st.integers(1, 10**6),
         "floor": st.floats(2.0**-20, 1.0),
+        "ceiling": st.floats(2.0**100, 2.0**127),
+        "patience": st.integers(1, 100),
+        "hysteresis": st.integers(1, 100),
+        "consecutive_hysteresis": st.booleans(),
     },
 )
 
@@ -163,6 +167,12 @@ def test_variants():
     )
 
 
+@pytest.mark.parametrize("value", [2.5, float("inf"), float("nan"), "2.0", None])
+def test_a_whole_number_is_one(value: object):
+    with pytest.raises(RecipeError, match=r"^interval=.*: allowed: a whole number"):
+        Recipe.parse("fp16").replace(interval=value)
+
+
 def test_replace_takes_values_as_well_as_text():
     bf16 = Format.parse("bf16")
     scaling = LossScaling(kind=ScalingKind.NONE)
@@ -181,7 +191,8 @@ def test_replace_takes_values_as_well_as_text():
 
 KEYS = (
     "operands, weight, activation, gradient, store, accumulate, master, optimizer, policy, "
-    "scaling, initial, growth, backoff, interval, floor"
+    "scaling, initial, growth, backoff, interval, floor, ceiling, patience, hysteresis, "
+    "consecutive_hysteresis"
 )
 
 
@@ -192,9 +203,20 @@ KEYS = (
         ("fp16:accumulate", f"'accumulate' in 'fp16:accumulate' should be key=value; keys: {KEYS}"),
         ("fp16:", f"'' in 'fp16:' should be key=value; keys: {KEYS}"),
         ("fp16:policy=x", "policy=x in 'fp16:policy=x': unknown op policy 'x'; known: amp, paper"),
-        ("fp16:scaling=x", "scaling=x in 'fp16:scaling=x': allowed: none, dynamic"),
+        (
+            "fp16:scaling=x",
+            "scaling=x in 'fp16:scaling=x': allowed: none, static, dynamic, log-normal",
+        ),
         ("fp16:interval=2.5", "interval=2.5 in 'fp16:interval=2.5': allowed: a whole number"),
         ("fp16:growth=x", "growth=x in 'fp16:growth=x': allowed: a number"),
+        (
+            "fp16:consecutive_hysteresis=1",
+            "consecutive_hysteresis=1 in 'fp16:consecutive_hysteresis=1': allowed: true or false",
+        ),
+        (
+            "fp16:ceiling=1024",
+            "loss scaling: initial=65536.0 must be finite and at most ceiling=1024.0 in 'fp16:ceiling=1024'",
+        ),
         (
             "fp16:master=fp16,master=fp32",
             "key 'master' is given twice in 'fp16:master=fp16,master=fp32'; give it once",
@@ -268,6 +290,10 @@ def test_fields_are_of_their_type():
         {"backoff": 1.0},
         {"interval": 0},
         {"growth": float("nan")},
+        {"ceiling": 0.5},
+        {"ceiling": 2.0**128},
+        {"patience": 0},
+        {"hysteresis": 0},
     ],
 )
 def test_loss_scaling_that_would_not_work(numbers: dict[str, float]):

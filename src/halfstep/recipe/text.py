@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -17,7 +17,17 @@ from halfstep.recipe.recipe import DESCRIPTION_FIELDS, FORMAT_FIELDS, Recipe
 __all__ = ["changed_recipe", "parse_recipe", "recipe_text"]
 
 _OPERANDS = ("weight", "activation", "gradient")
-_SCALING_NUMBERS = ("initial", "growth", "backoff", "interval", "floor")
+_SCALING_NUMBERS: dict[str, type[float | int]] = {
+    "initial": float,
+    "growth": float,
+    "backoff": float,
+    "interval": int,
+    "floor": float,
+    "ceiling": float,
+    "patience": int,
+    "hysteresis": int,
+    "consecutive_hysteresis": bool,
+}
 _TEXT_KEYS = ("operands", *FORMAT_FIELDS, "policy", "scaling", *_SCALING_NUMBERS)
 _ANY_KEYS = (*DESCRIPTION_FIELDS, *_TEXT_KEYS, "loss_scaling")
 
@@ -101,7 +111,7 @@ def _differences(base: Recipe, recipe: Recipe) -> list[tuple[str, str]]:
         pairs.append(("scaling", new.kind.value))
     for key in _SCALING_NUMBERS:
         if getattr(old, key) != getattr(new, key):
-            pairs.append((key, repr(getattr(new, key)).removesuffix(".0")))
+            pairs.append((key, repr(getattr(new, key)).lower().removesuffix(".0")))
     return pairs
 
 
@@ -179,13 +189,21 @@ def _member(key: str, value: object, kind: type[E_], where: str) -> E_:
     return kind(value)
 
 
+_KINDS: dict[type, str] = {float: "a number", int: "a whole number", bool: "true or false"}
+_FLAGS = {"true": True, "false": False}
+
+
 def _number(key: str, value: Any, where: str) -> float | int:
-    convert: Callable[[Any], float | int] = int if key == "interval" else float
+    kind = _SCALING_NUMBERS[key]
     try:
-        return convert(value)
-    except (TypeError, ValueError):
-        kind = "a whole number" if key == "interval" else "a number"
-        raise RecipeError(f"{key}={value}{where}: allowed: {kind}") from None
+        if kind is bool:
+            return _FLAGS[str(value).lower()]
+        number = kind(value)
+        if kind is int and not isinstance(value, str) and number != value:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError, KeyError):
+        raise RecipeError(f"{key}={value}{where}: allowed: {_KINDS[kind]}") from None
+    return number
 
 
 # --- jmp's policies, "params=float32,compute=float16,output=float32" -----------------------------

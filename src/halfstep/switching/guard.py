@@ -108,11 +108,11 @@ class Guard:
             parameter, grad = self._hidden.pop()
             parameter.grad = grad
         if self._handed_over is not None:
-            bad, self._handed_over = self._handed_over, None
+            largest, self._handed_over = self._handed_over, None
             del self.optimizer.found_inf, self.optimizer.grad_scale  # pyright: ignore[reportAttributeAccessIssue]
             held = self._held()
             for owner in self._owners:
-                owner.ledger.report_later(bad, functools.partial(_names, owner, held))
+                owner.ledger.report_later(largest, functools.partial(_names, owner, held))
             return
         if not self._nonfinite:
             for owner in self._owners:
@@ -124,7 +124,16 @@ class Guard:
             reason = StepReason.UNGUARDED
             if owner.guarded:
                 reason = StepReason.OVERFLOW if nonfinite else StepReason.FINITE
-            owner.ledger.report(not nonfinite, reason, _by_name([owner], nonfinite))
+            owner.ledger.report(
+                not nonfinite, reason, _by_name([owner], nonfinite), self._largest(owner)
+            )
+
+    def _largest(self, owner: Owner) -> float:
+        """max |gradient| where the owner's scale follows it; not finite after an overflow."""
+        grads = [_values(h.parameter.grad) for h in self._held()]
+        if not grads or not owner.ledger.loss_scale.weighs:
+            return 0.0
+        return float(torch.stack(torch._foreach_norm(grads, math.inf)).max())  # pyright: ignore
 
     def _held(self) -> list[_Held]:
         """The parameters that the optimizer holds now and has a gradient for."""
@@ -151,9 +160,9 @@ class Guard:
         if not grads:
             return
         largest = torch.stack(torch._foreach_norm(grads, math.inf))  # pyright: ignore
-        self._handed_over = ~torch.isfinite(largest)
+        self._handed_over = largest
         self.optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.found_inf = self._handed_over.any().to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.found_inf = (~torch.isfinite(largest)).any().to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """``closure``, evaluated again at a lower scale while its gradients overflow."""
@@ -184,7 +193,7 @@ class Guard:
             held = self._held()
             counts = ops.count_nonfinite([_values(h.parameter.grad) for h in held])
             nonfinite = [(h, n) for h, n in zip(held, counts, strict=True) if n]
-            if nonfinite and all(ledger.at_floor() for ledger in ledgers):
+            if nonfinite and all(ledger.exhausted() for ledger in ledgers):
                 scale = max(ledger.gate.scale for ledger in ledgers)
                 raise NonFiniteError(not_finite_at_floor(_by_name(self._owners, nonfinite), scale))
         except NonFiniteError:

@@ -25,9 +25,9 @@ _LOSSES_KEPT = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Deferred:
-    """A step whose outcome is on the device still: ``bad[k]`` for the gradient of ``names()[k]``."""
+    """A step whose outcome is on the device still: norm ``largest[k]`` of the gradient of ``names()[k]``."""
 
-    bad: Tensor
+    largest: Tensor
     names: Callable[[], list[str]]
     losses: list[Tensor]
 
@@ -40,7 +40,7 @@ class Ledger:
     every switched model that its backward went through: the gradient may have been lost in any of them.
     """
 
-    def __init__(self, rule: LossScaling, scaled: bool) -> None:
+    def __init__(self, rule: LossScaling, scaled: bool, limit: float = 65504.0) -> None:
         self.gate = Gate(1.0)
         self.gate.on_backward = self.note_backward
         self.scaled = scaled
@@ -48,7 +48,7 @@ class Ledger:
         """Called with each report: a tap, for who keeps them all."""
         self.steps = 0
         self.skipped_steps = 0
-        self._loss_scale = self._before = LossScale.start(rule)
+        self._loss_scale = self._before = LossScale.start(rule, limit)
         self._report = StepReport(
             applied=False, reason=StepReason.NONE_YET, loss_scale=1.0, nonfinite={}
         )
@@ -57,7 +57,8 @@ class Ledger:
         self._losses: deque[Tensor] = deque(maxlen=_LOSSES_KEPT)
         self._judged = True
         self._finite = True
-        self._pending: list[bool] = []
+        self._largest = 0.0
+        self._pending: list[tuple[bool, float]] = []
         self._deferred: list[_Deferred] = []
         self.set(self._loss_scale)
         _live.add(self)
@@ -101,12 +102,14 @@ class Ledger:
         """What became of the last step."""
         return self._report
 
-    def at_floor(self) -> bool:
-        """True where no scale that an overflow concerns may be lowered."""
-        return all(not ledger.scaled or ledger._loss_scale.at_floor for ledger in self._concerned())
+    def exhausted(self) -> bool:
+        """True where an overflow is an error: no scale that it concerns may be lowered, nor waited for."""
+        return all(not it.scaled or it._loss_scale.exhausted for it in self._concerned())
 
-    def report(self, applied: bool, reason: StepReason, nonfinite: dict[str, int]) -> None:
-        """Note what became of a step, and move the scale."""
+    def report(
+        self, applied: bool, reason: StepReason, nonfinite: dict[str, int], largest: float = 0.0
+    ) -> None:
+        """Note what became of a step, and move the scale; ``largest`` as in `LossScale.after`."""
         self._report = StepReport(
             applied=applied, reason=reason, loss_scale=self.gate.scale, nonfinite=nonfinite
         )
@@ -114,7 +117,7 @@ class Ledger:
         self.skipped_steps += not applied
         self.on_step(self._report)
         for ledger in (self,) if applied else self._concerned():
-            ledger._pending.append(applied)
+            ledger._pending.append((applied, largest))
         self.settle_scale()
 
     def abandon(self) -> None:
@@ -122,9 +125,9 @@ class Ledger:
         self._judged = self._finite = True
         self._before = self._loss_scale
 
-    def report_later(self, bad: Tensor, names: Callable[[], list[str]]) -> None:
+    def report_later(self, largest: Tensor, names: Callable[[], list[str]]) -> None:
         """Note a step whose outcome is on the device still; `settle` takes it in."""
-        self._deferred.append(_Deferred(bad=bad, names=names, losses=list(self._losses)))
+        self._deferred.append(_Deferred(largest=largest, names=names, losses=list(self._losses)))
 
     def settle(self) -> None:
         """Take in what earlier steps left open; waits for the device where an outcome is there.
@@ -134,28 +137,30 @@ class Ledger:
         """
         while self._deferred:
             step = self._deferred.pop(0)
-            flags = step.bad.tolist()
+            norms: list[float] = step.largest.tolist()
             nonfinite: dict[str, int] = {}
-            if any(flags):
-                nonfinite = {n: 1 for n, is_bad in zip(step.names(), flags, strict=True) if is_bad}
+            if not all(map(math.isfinite, norms)):
+                named = zip(step.names(), norms, strict=True)
+                nonfinite = {name: 1 for name, norm in named if not math.isfinite(norm)}
             try:
                 _check_losses(step.losses)
-                if nonfinite and self.at_floor():
+                if nonfinite and self.exhausted():
                     raise NonFiniteError(not_finite_at_floor(nonfinite, self.gate.scale))
             except NonFiniteError:
                 self._deferred.clear()
                 self.abandon()
                 raise
             reason = StepReason.OVERFLOW if nonfinite else StepReason.FINITE
-            self.report(not nonfinite, reason, nonfinite)
+            self.report(not nonfinite, reason, nonfinite, max(norms))
         self.settle_scale()
 
     def settle_scale(self) -> None:
         """Move the scale as pending verdicts say, unless a backward is running: it must not change in one."""
         if self._pending and torch._C._current_graph_task_id() == -1:
-            finite = all(self._pending)
+            finite = all(applied for applied, _ in self._pending)
+            largest = max(largest for _, largest in self._pending)
             self._pending.clear()
-            self._judge(finite)
+            self._judge(finite, largest)
 
     def _concerned(self) -> list[Ledger]:
         """Whose scale an overflow of ours may be due to: all that our backwards went through.
@@ -169,15 +174,15 @@ class Ledger:
             having = [ledger for ledger in having if not mine.isdisjoint(ledger._tasks)]
         return having or [self]
 
-    def _judge(self, finite: bool) -> None:
+    def _judge(self, finite: bool, largest: float) -> None:
         """One verdict a backward: the first, or a later one that is worse."""
         if not self._judged:
             self._judged = True
             self._before = self._loss_scale
-        elif finite or not self._finite:
+        elif not self._finite or (finite and largest <= self._largest):
             return
-        self._finite = finite
-        self.set(self._before.after(finite=finite))
+        self._finite, self._largest = finite, largest
+        self.set(self._before.after(finite=finite, largest=largest))
 
 
 def _ignore(report: StepReport) -> None:

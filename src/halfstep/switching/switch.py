@@ -108,8 +108,8 @@ class Switch:
         _check_not_switched(model)
         self.guarded = recipe.guarded and not recipe.is_identity
         self._on = True
-        self._scaled = recipe.loss_scaling.kind is ScalingKind.DYNAMIC and bool(optimizers)
-        self.ledger = Ledger(recipe.loss_scaling, self._scaled)
+        self._scaled = recipe.loss_scaling.kind is not ScalingKind.NONE and bool(optimizers)
+        self.ledger = Ledger(recipe.loss_scaling, self._scaled, recipe.gradient.max)
         self._gate = self.ledger.gate
         self._inside = Intervals()
         self._schedules: dict[int, Schedule] = {}
