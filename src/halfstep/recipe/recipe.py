@@ -56,13 +56,15 @@ class Recipe:
     policy: OpPolicy
 
     def __post_init__(self) -> None:
+        for key in DESCRIPTION_FIELDS:
+            _check_type(self, key, str, "a text")
         for key in FORMAT_FIELDS:
             if key == "accumulate":
-                _check_type(self, key, Accumulator, "Accumulator.parse(text)")
+                _check_type(self, key, Accumulator, "say Accumulator.parse(text)")
             else:
-                _check_type(self, key, Format, "Format.parse(text)")
-        _check_type(self, "loss_scaling", LossScaling, "LossScaling(kind=...)")
-        _check_type(self, "policy", OpPolicy, "OpPolicy.parse(text)")
+                _check_type(self, key, Format, "say Format.parse(text)")
+        _check_type(self, "loss_scaling", LossScaling, "say LossScaling(kind=...)")
+        _check_type(self, "policy", OpPolicy, "say OpPolicy.parse(text)")
 
     @property
     def is_identity(self) -> bool:
@@ -135,5 +137,5 @@ def _check_type(recipe: Recipe, key: str, kind: type, how: str) -> None:
     if not isinstance(value, kind):
         raise RecipeError(
             f"recipe {recipe.name!r}: {key} is {value!r}, a {type(value).__name__}; "
-            f"it must be a {kind.__name__}, say {how}, or use Recipe.replace, which takes text"
+            f"it must be a {kind.__name__}, {how}, or use Recipe.replace, which takes text"
         )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from halfstep.errors import FormatError, RecipeError, UnknownNameError
 from halfstep.format import Accumulator, Format
 from halfstep.recipe.catalogue import CATALOGUE, SYNONYMS
-from halfstep.recipe.loss_scaling import ScalingKind
+from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
 from halfstep.recipe.op_policy import OpPolicy
 from halfstep.recipe.recipe import DESCRIPTION_FIELDS, FORMAT_FIELDS, Recipe
 
@@ -77,10 +77,11 @@ def changed_recipe(recipe: Recipe, changes: Mapping[str, Any], *, where: str = "
         else:
             raise RecipeError(f"unknown key {key!r}{where}; allowed: {', '.join(_ANY_KEYS)}")
     if scaling:
+        old = values.get("loss_scaling", recipe.loss_scaling)
+        if not isinstance(old, LossScaling):
+            raise RecipeError(f"loss_scaling={old!r}{where} must be a LossScaling(kind=...)")
         try:
-            values["loss_scaling"] = dataclasses.replace(
-                values.get("loss_scaling", recipe.loss_scaling), **scaling
-            )
+            values["loss_scaling"] = dataclasses.replace(old, **scaling)
         except RecipeError as error:
             raise RecipeError(f"{error}{where}") from None
     changed = dataclasses.replace(recipe, **values)

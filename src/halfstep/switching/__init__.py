@@ -3,17 +3,21 @@
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.loss_scale import LossScale, StepReason, StepReport
 from halfstep.switching.plan import Executor, Plan, PlanRow, make_plan
+from halfstep.switching.reports import Handle, log_to, on_applied
 from halfstep.switching.switch import Switch, switch
 
 __all__ = [
     "Executor",
     "Explanation",
+    "Handle",
     "LossScale",
     "Plan",
     "PlanRow",
     "StepReason",
     "StepReport",
     "Switch",
+    "log_to",
     "make_plan",
+    "on_applied",
     "switch",
 ]

@@ -61,6 +61,8 @@ class Guard:
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._handed_over: Tensor | None = None
         self._nonfinite: list[tuple[_Held, int]] = []
+        self._applied: bool | Tensor = True
+        """What became of the last step; norms of gradients while that is on the device still."""
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -81,6 +83,12 @@ class Guard:
         if not self._owners:
             for handle in self._handles:
                 handle.remove()
+
+    def was_step_applied(self) -> bool:
+        """True where the last step of this optimizer changed the weights, and before the first."""
+        if isinstance(self._applied, Tensor):
+            self._applied = bool(torch.isfinite(self._applied).all())
+        return self._applied
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if optimizer is not self.optimizer or _is_nested(optimizer, sys._getframe(1)):
@@ -109,12 +117,14 @@ class Guard:
             parameter.grad = grad
         if self._handed_over is not None:
             largest, self._handed_over = self._handed_over, None
+            self._applied = largest
             del self.optimizer.found_inf, self.optimizer.grad_scale  # pyright: ignore[reportAttributeAccessIssue]
             held = self._held()
             for owner in self._owners:
                 owner.ledger.report_later(largest, functools.partial(_names, owner, held))
             return
-        if not self._nonfinite:
+        self._applied = not self._nonfinite
+        if self._applied:
             for owner in self._owners:
                 owner.round_masters(p for g in self.optimizer.param_groups for p in g["params"])
         self._report(self._nonfinite)

@@ -69,7 +69,7 @@ class _Run:
         self.switch = weakref.ref(made)
         self.device = made.plan.device
         self.optimizers = tuple(type(o).__name__ for o in made.optimizers)
-        made.ledger.on_step = self._note
+        made.on_step(self._note)
 
     def _note(self, report: StepReport) -> None:
         self.steps += 1

@@ -16,6 +16,7 @@ from halfstep.recipe import LossScaling
 from halfstep.switching import engine
 from halfstep.switching.boundary import Gate
 from halfstep.switching.loss_scale import LossScale, StepReason, StepReport
+from halfstep.switching.reports import Reports
 
 __all__ = ["Ledger", "not_finite_at_floor"]
 
@@ -44,8 +45,7 @@ class Ledger:
         self.gate = Gate(1.0)
         self.gate.on_backward = self.note_backward
         self.scaled = scaled
-        self.on_step: Callable[[StepReport], None] = _ignore
-        """Called with each report: a tap, for who keeps them all."""
+        self.reports = Reports()
         self.steps = 0
         self.skipped_steps = 0
         self._loss_scale = self._before = LossScale.start(rule, limit)
@@ -110,15 +110,20 @@ class Ledger:
         self, applied: bool, reason: StepReason, nonfinite: dict[str, int], largest: float = 0.0
     ) -> None:
         """Note what became of a step, and move the scale; ``largest`` as in `LossScale.after`."""
-        self._report = StepReport(
-            applied=applied, reason=reason, loss_scale=self.gate.scale, nonfinite=nonfinite
-        )
         self.steps += 1
         self.skipped_steps += not applied
-        self.on_step(self._report)
+        self._report = StepReport(
+            applied=applied,
+            reason=reason,
+            loss_scale=self.gate.scale,
+            nonfinite=nonfinite,
+            step=self.steps,
+            skipped_steps=self.skipped_steps,
+        )
         for ledger in (self,) if applied else self._concerned():
             ledger._pending.append((applied, largest))
         self.settle_scale()
+        self.reports.send(self._report)
 
     def abandon(self) -> None:
         """A step was refused with an error: what is noted from now on is about new backwards."""
@@ -183,10 +188,6 @@ class Ledger:
             return
         self._finite, self._largest = finite, largest
         self.set(self._before.after(finite=finite, largest=largest))
-
-
-def _ignore(report: StepReport) -> None:
-    return None
 
 
 _live: weakref.WeakSet[Ledger] = weakref.WeakSet()

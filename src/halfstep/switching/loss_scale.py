@@ -181,10 +181,13 @@ class StepReport:
     """What became of an ``optimizer.step()``.
 
     ``loss_scale`` is the scale that the gradients of this step were computed with; ``nonfinite`` counts
-    the inf and NaN of each offending parameter's gradient, by name.
+    the inf and NaN of each offending parameter's gradient, by name. ``step`` is its number, from 1, and
+    ``skipped_steps`` how many up to it were skipped.
     """
 
     applied: bool
     reason: StepReason
     loss_scale: float
     nonfinite: dict[str, int]
+    step: int = 0
+    skipped_steps: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,18 +30,19 @@ from halfstep.switching.boundary import enter, leave
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.guard import Guard
 from halfstep.switching.ledger import Ledger
-from halfstep.switching.loss_scale import LossScale, StepReport
+from halfstep.switching.loss_scale import StepReport
 from halfstep.switching.module_hooks import call_leaving, has_hooks_after_forward
 from halfstep.switching.naming import describe, parameter_names
 from halfstep.switching.plain import become_half
 from halfstep.switching.plan import Plan, make_plan
 from halfstep.switching.region import SMALL, Buckets, Region, check_unwritten, current
+from halfstep.switching.reports import Handle, pace
+from halfstep.switching.state import State, read_state, write_state
 from halfstep.switching.structure import map_tensors, tensors_in
 
 __all__ = ["Switch", "switch"]
 
 _NARROW = (torch.float16, torch.bfloat16)
-_STATE_VERSION = 1
 
 
 def switch(
@@ -212,45 +213,61 @@ class Switch:
         _call_all(self._machinery)
         self._back_to_fp32()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: plain numbers and text, no pickle."""
-        self.ledger.settle()
-        return {
-            "version": _STATE_VERSION,
-            "recipe": str(self.recipe),
-            "scale": self.ledger.loss_scale.scale,
-            "growth_tracker": self.ledger.loss_scale.clean,
-            "steps": self.ledger.steps,
-            "skipped_steps": self.ledger.skipped_steps,
-        }
+    def on_step(self, callback: Callable[[StepReport], object]) -> Handle:
+        """Have ``callback(report)`` called after each step, until ``remove()`` of the handle is.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict()``.
+        It is called in ``optimizer.step()``; where the outcome is on a device still, at the next forward or
+        question. `halfstep.switching.log_to` and `on_applied` make callbacks for loggers and averages.
+        """
+        return self.ledger.reports.subscribe(callback)
+
+    def pace(self, scheduler: Any) -> Handle:
+        """Keep a learning-rate scheduler where it is when the step before it was skipped.
+
+        The loop stays as it is: ``scheduler.step()`` does nothing after a skipped ``optimizer.step()`` of its
+        own optimizer. The handle's ``remove()`` undoes it. For schedules in steps; one in epochs is to
+        advance whatever the epoch's last step was.
 
         Raises:
-            SwitchError: it is of a newer version, incomplete, or of another recipe.
+            OperandError: it is no scheduler of one of the switch's optimizers.
         """
-        version = state.get("version")
-        if version != _STATE_VERSION:
-            raise SwitchError(
-                f"switch state of version {version!r}; this halfstep reads version {_STATE_VERSION}"
+        optimizer = getattr(scheduler, "optimizer", None)
+        guard = next((g for g in self._guards if g.optimizer is optimizer), None)
+        if guard is None:
+            raise OperandError(
+                f"pace takes a scheduler of one of the switch's optimizers, not a "
+                f"{type(scheduler).__name__} of another"
             )
-        missing = sorted(set(self.state_dict()) - set(state))
-        if missing:
-            raise SwitchError(f"switch state lacks {', '.join(missing)}")
-        if Recipe.parse(state["recipe"]) != self.recipe:
-            raise SwitchError(
-                f"switch state is of recipe {state['recipe']}; this switch runs {self.recipe}"
-            )
-        self.ledger.set(
-            LossScale(
-                rule=self.recipe.loss_scaling,
-                scale=float(state["scale"]),
-                clean=int(state["growth_tracker"]),
-            )
+        return pace(scheduler, guard.was_step_applied)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides weights and optimizer: plain numbers and text, no pickle.
+
+        The keys are those of ``torch.amp.GradScaler``, which may load it, and one more, ``halfstep``.
+        """
+        self.ledger.settle()
+        return write_state(self._state(), self.recipe)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``, of a switch or of a ``torch.amp.GradScaler``.
+
+        What the state lacks stays as it is. Growth, backoff and interval of a dynamic scale are the state's
+        from then on, as in torch.
+
+        Raises:
+            SwitchError: it is of a newer version or another recipe, or has a value that cannot be; nothing
+                was changed.
+        """
+        self.ledger.settle()
+        read = read_state(state, self.recipe, self._state())
+        self.ledger.set(read.loss_scale)
+        self.ledger.steps, self.ledger.skipped_steps = read.steps, read.skipped_steps
+
+    def _state(self) -> State:
+        ledger = self.ledger
+        return State(
+            loss_scale=ledger.loss_scale, steps=ledger.steps, skipped_steps=ledger.skipped_steps
         )
-        self.ledger.steps = int(state["steps"])
-        self.ledger.skipped_steps = int(state["skipped_steps"])
 
     # -- the region ---------------------------------------------------------------------------------
 
