@@ -71,7 +71,7 @@ def log_to(writer: object) -> Callback:
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> switch = halfstep.switch(model, optimizer, recipe="fp16")
     >>> handle = switch.on_step(log_to(lambda values, step: print(step, values)))
-    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> model(torch.ones(1, 4)).mean().backward()
     >>> optimizer.step()
     1 {'amp/loss_scale': 65536.0, 'amp/skipped_steps': 0}
     >>> handle.remove()
