@@ -74,6 +74,21 @@ def test_catalogue_is_the_issues():
         "fp16-acc16",
         "fp16-acc16-chunk64",
         "fp16-acc16-pairwise",
+        "tf32",
+        "fp8",
+        "fp8-delayed",
+        "fp8-rowwise",
+        "fp8-block",
+        "fp8-chunk64",
+        "mxfp8",
+        "mxfp6",
+        "mxfp4",
+        "nvfp4",
+        "int8",
+        "binary",
+        "int8-inference",
+        "int4-inference",
+        "binary-inference",
     ]
     for name, recipe in recipes().items():
         assert recipe.name == name
@@ -113,6 +128,7 @@ def test_loss_scale_of_the_catalogue():
         "fp16-acc16",
         "fp16-acc16-chunk64",
         "fp16-acc16-pairwise",
+        "fp8-chunk64",
     }
 
 
@@ -191,6 +207,7 @@ def test_replace_takes_values_as_well_as_text():
 
 KEYS = (
     "operands, weight, activation, gradient, store, accumulate, master, optimizer, policy, "
+    "keep, amax_history, hadamard, gradient_rounding, inference_only, "
     "scaling, initial, growth, backoff, interval, floor, ceiling, patience, hysteresis, "
     "consecutive_hysteresis"
 )

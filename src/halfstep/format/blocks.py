@@ -89,7 +89,8 @@ class BlockFormat:
 
         A name is one of the catalogue (`block_formats`), or ``element@block``, where the block is
         ``tensor``, ``row`` (all along ``dim``) or ``RxC`` (a tile of C along ``dim`` and R along
-        the last other axis), with FP32 scales by amax. After a colon come the rule of the scale
+        the last other axis), with FP32 scales by amax. A tile of a block format of the catalogue keeps its
+        scales (``nvfp4@16x16``). After a colon come the rule of the scale
         (``mxfp4:rceil``; ``e4m3fn@1x128:ceil``, whose scales then are e8m0) and ``symmetric``
         (integers that leave their most negative code unused).
 
@@ -232,6 +233,8 @@ def _named(base: str) -> BlockFormat:
         rows, columns = (WHOLE if block == "tensor" else 1), WHOLE
     else:
         raise UnknownNameError("block", block, ["tensor", "row", "1x32", "1x128", "128x128"])
+    if element in _CATALOGUE and rows * columns:
+        return replace(_CATALOGUE[element], name=base, rows=rows, columns=columns)
     number = Format.parse(element)
     return BlockFormat(
         name=f"{number}@{block}",

@@ -1,12 +1,14 @@
 """Where which number is used: recipes as frozen data, op policies, their catalogues and text forms."""
 
 from halfstep.recipe.catalogue import recipes
+from halfstep.recipe.exceptions import Keep
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
 from halfstep.recipe.op_policy import OpClass, OpPolicy
 from halfstep.recipe.policies import policies
 from halfstep.recipe.recipe import Recipe
 
 __all__ = [
+    "Keep",
     "LossScaling",
     "OpClass",
     "OpPolicy",

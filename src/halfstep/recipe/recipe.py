@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfstep.errors import RecipeError
-from halfstep.format import Accumulator, Format
+from halfstep.format import Accumulator, BlockFormat, Format, Rounding
+from halfstep.recipe.exceptions import NOTHING_KEPT, Keep
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
 from halfstep.recipe.op_policy import OpPolicy
 
@@ -21,6 +22,7 @@ FORMAT_FIELDS = (
     "master",
     "optimizer",
 )
+OPERAND_FIELDS = ("weight", "activation", "gradient")
 DESCRIPTION_FIELDS = ("name", "summary", "source")
 
 
@@ -30,6 +32,7 @@ class Recipe:
 
     A dot product reads operands in ``weight``, ``activation`` and ``gradient`` format, by the role
     of each, multiplies exactly, adds in ``accumulate`` and writes its result in ``store``.
+    An operand format may be a `BlockFormat`: its blocks lie along the axis that the product sums over.
     Parameters are kept in ``master`` between steps; the optimizer computes and keeps its state in
     ``optimizer``. Two recipes are equal when they do the same, whatever they are called.
 
@@ -45,15 +48,25 @@ class Recipe:
     name: str = field(compare=False)
     summary: str = field(compare=False)
     source: str = field(compare=False)
-    weight: Format
-    activation: Format
-    gradient: Format
+    weight: Format | BlockFormat
+    activation: Format | BlockFormat
+    gradient: Format | BlockFormat
     store: Format
     accumulate: Accumulator
     master: Format
     optimizer: Format
     loss_scaling: LossScaling
     policy: OpPolicy
+    keep: Keep = NOTHING_KEPT
+    """Dot products whose operands stay in the store format."""
+    amax_history: int = 0
+    """Steps whose largest magnitudes set the scale of a tensor; 0: the tensor's own, as it is now."""
+    hadamard: int = 0
+    """Size of the random Hadamard transform on both operands of a weight gradient; 0: none."""
+    gradient_rounding: Rounding = Rounding.NEAREST
+    """How gradients are rounded to their operand format."""
+    inference_only: bool = False
+    """True where nothing says how to train with it: an optimizer is refused."""
 
     def __post_init__(self) -> None:
         for key in DESCRIPTION_FIELDS:
@@ -61,10 +74,37 @@ class Recipe:
         for key in FORMAT_FIELDS:
             if key == "accumulate":
                 _check_type(self, key, Accumulator, "say Accumulator.parse(text)")
+            elif key in OPERAND_FIELDS:
+                _check_type(
+                    self, key, (Format, BlockFormat), "say Format.parse or BlockFormat.parse"
+                )
             else:
                 _check_type(self, key, Format, "say Format.parse(text)")
         _check_type(self, "loss_scaling", LossScaling, "say LossScaling(kind=...)")
         _check_type(self, "policy", OpPolicy, "say OpPolicy.parse(text)")
+        _check_type(self, "keep", Keep, "say Keep.parse(text)")
+        _check_type(self, "gradient_rounding", Rounding, "say Rounding.parse(text)")
+        _check_type(self, "inference_only", bool, "say True or False")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        if type(self.amax_history) is not int or self.amax_history < 0:
+            raise RecipeError(
+                f"recipe {self.name!r}: amax_history={self.amax_history!r}; allowed: 0, or how many steps"
+            )
+        size = self.hadamard
+        if type(size) is not int or size < 0 or size & (size - 1):
+            raise RecipeError(
+                f"recipe {self.name!r}: hadamard={size!r}; allowed: 0 and powers of two"
+            )
+        scaled = [key for key in OPERAND_FIELDS if isinstance(getattr(self, key), BlockFormat)]
+        if self.amax_history and any(
+            getattr(self, key).rows or not getattr(self, key).element.max for key in scaled
+        ):
+            raise RecipeError(
+                f"recipe {self.name!r}: amax_history={self.amax_history} with blocks smaller than a tensor; "
+                "a history is of whole tensors: operands such as e4m3fn@tensor"
+            )
 
     @property
     def is_identity(self) -> bool:
@@ -77,6 +117,18 @@ class Recipe:
     def adds_in_fp32(self) -> bool:
         """True where dot products add in FP32, in whatever order the kernels do."""
         return str(self.accumulate) == "fp32"
+
+    @property
+    def reads_by_role(self) -> bool:
+        """True where a dot product rounds its operands to other formats than the store format."""
+        return any(getattr(self, key) != self.store for key in OPERAND_FIELDS)
+
+    @property
+    def largest_gradient(self) -> float:
+        """The largest magnitude that a gradient in the region may have: blocks have scales of their own."""
+        if isinstance(self.gradient, BlockFormat):
+            return self.store.max
+        return min(self.gradient.max, self.store.max)
 
     @property
     def guarded(self) -> bool:
@@ -132,10 +184,11 @@ class Recipe:
         return recipe_text(self)
 
 
-def _check_type(recipe: Recipe, key: str, kind: type, how: str) -> None:
+def _check_type(recipe: Recipe, key: str, kind: type | tuple[type, ...], how: str) -> None:
     value = getattr(recipe, key)
     if not isinstance(value, kind):
+        names = " or a ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise RecipeError(
             f"recipe {recipe.name!r}: {key} is {value!r}, a {type(value).__name__}; "
-            f"it must be a {kind.__name__}, {how}, or use Recipe.replace, which takes text"
+            f"it must be a {names}, {how}, or use Recipe.replace, which takes text"
         )

@@ -8,15 +8,23 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from halfstep.errors import FormatError, RecipeError, UnknownNameError
-from halfstep.format import Accumulator, Format
+from halfstep.format import Accumulator, BlockFormat, Format, Rounding
+from halfstep.format.blocks import is_block_name
 from halfstep.recipe.catalogue import CATALOGUE, SYNONYMS
+from halfstep.recipe.exceptions import Keep
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
 from halfstep.recipe.op_policy import OpPolicy
-from halfstep.recipe.recipe import DESCRIPTION_FIELDS, FORMAT_FIELDS, Recipe
+from halfstep.recipe.recipe import DESCRIPTION_FIELDS, FORMAT_FIELDS, OPERAND_FIELDS, Recipe
 
 __all__ = ["changed_recipe", "parse_recipe", "recipe_text"]
 
-_OPERANDS = ("weight", "activation", "gradient")
+_OPTIONS: dict[str, Any] = {
+    "keep": Keep.parse,
+    "amax_history": int,
+    "hadamard": int,
+    "gradient_rounding": Rounding.parse,
+    "inference_only": bool,
+}
 _SCALING_NUMBERS: dict[str, type[float | int]] = {
     "initial": float,
     "growth": float,
@@ -28,7 +36,7 @@ _SCALING_NUMBERS: dict[str, type[float | int]] = {
     "hysteresis": int,
     "consecutive_hysteresis": bool,
 }
-_TEXT_KEYS = ("operands", *FORMAT_FIELDS, "policy", "scaling", *_SCALING_NUMBERS)
+_TEXT_KEYS = ("operands", *FORMAT_FIELDS, "policy", *_OPTIONS, "scaling", *_SCALING_NUMBERS)
 _ANY_KEYS = (*DESCRIPTION_FIELDS, *_TEXT_KEYS, "loss_scaling")
 
 E_ = TypeVar("E_", bound=Enum)
@@ -61,17 +69,21 @@ def changed_recipe(recipe: Recipe, changes: Mapping[str, Any], *, where: str = "
     scaling: dict[str, Any] = {}
     for key, value in changes.items():
         if key == "operands":
-            values |= dict.fromkeys(_OPERANDS, _format(key, value, where))
+            values |= dict.fromkeys(OPERAND_FIELDS, _operand(key, value, where))
         elif key == "accumulate":
             values[key] = _accumulator(key, value, where)
+        elif key in OPERAND_FIELDS:
+            values[key] = _operand(key, value, where)
         elif key in FORMAT_FIELDS:
             values[key] = _format(key, value, where)
         elif key == "policy":
             values[key] = _policy(key, value, where)
+        elif key in _OPTIONS:
+            values[key] = _option(key, value, where)
         elif key == "scaling":
             scaling["kind"] = _member(key, value, ScalingKind, where)
         elif key in _SCALING_NUMBERS:
-            scaling[key] = _number(key, value, where)
+            scaling[key] = _number(key, value, _SCALING_NUMBERS[key], where)
         elif key in (*DESCRIPTION_FIELDS, "loss_scaling"):
             values[key] = value
         else:
@@ -107,6 +119,10 @@ def _differences(base: Recipe, recipe: Recipe) -> list[tuple[str, str]]:
             pairs.append((key, str(getattr(recipe, key))))
     if base.policy != recipe.policy:
         pairs.append(("policy", str(recipe.policy)))
+    for key in _OPTIONS:
+        if getattr(base, key) != getattr(recipe, key):
+            value = getattr(recipe, key)
+            pairs.append((key, str(value.value if isinstance(value, Enum) else value).lower()))
     old, new = base.loss_scaling, recipe.loss_scaling
     if old.kind is not new.kind:
         pairs.append(("scaling", new.kind.value))
@@ -164,6 +180,25 @@ def _format(key: str, value: object, where: str) -> Format:
         ) from None
 
 
+def _operand(key: str, value: object, where: str) -> Format | BlockFormat:
+    if isinstance(value, BlockFormat) or not is_block_name(str(value).lower()):
+        return value if isinstance(value, BlockFormat) else _format(key, value, where)
+    try:
+        return BlockFormat.parse(value)
+    except (UnknownNameError, FormatError) as error:
+        raise RecipeError(f"{key}={value}{where}: {error}") from None
+
+
+def _option(key: str, value: Any, where: str) -> Any:
+    parse = _OPTIONS[key]
+    if isinstance(parse, type):
+        return _number(key, value, parse, where)
+    try:
+        return parse(value)
+    except (RecipeError, UnknownNameError) as error:
+        raise RecipeError(f"{key}={value}{where}: {error}") from None
+
+
 def _accumulator(key: str, value: object, where: str) -> Accumulator:
     try:
         return Accumulator.parse(value)
@@ -194,8 +229,7 @@ _KINDS: dict[type, str] = {float: "a number", int: "a whole number", bool: "true
 _FLAGS = {"true": True, "false": False}
 
 
-def _number(key: str, value: Any, where: str) -> float | int:
-    kind = _SCALING_NUMBERS[key]
+def _number(key: str, value: Any, kind: type[float | int], where: str) -> float | int:
     try:
         if kind is bool:
             return _FLAGS[str(value).lower()]

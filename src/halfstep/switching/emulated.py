@@ -18,6 +18,7 @@ from torch import Tensor
 
 from halfstep.errors import SwitchError
 from halfstep.format import Accumulator
+from halfstep.switching.operands import Product
 from halfstep.switching.products import (
     FP32_SUMS,
     convolution,
@@ -62,11 +63,20 @@ class Emulator:
         with carriers.kept_low():
             return matmul(a, b, self.accumulate)
 
-    def rows(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a @ b.T`` of FP32 carriers (M, K) and (N, K), likewise; without a graph."""
+    def of_layer(self, weight: Tensor) -> Emulator:
+        """The emulator for one recurrent layer, which is called by its first weight."""
+        return self
+
+    def rows(self, a: Tensor, b: Tensor, product: Product = Product.FORWARD) -> Tensor:
+        """``a @ b.T`` of FP32 carriers (M, K) and (N, K), likewise; without a graph.
+
+        ``product`` says the roles of the two, which here are rounded alike.
+        """
         return wide_rows(a, b, self.accumulate)
 
-    def repeated(self, b: Tensor, count: int) -> Callable[[Tensor], Tensor]:
+    def repeated(
+        self, b: Tensor, count: int, product: Product = Product.FORWARD
+    ) -> Callable[[Tensor], Tensor]:
         """`rows` with one ``b``, to be called for many ``a`` of about ``count`` rows."""
         return repeated_rows(b, count, self.accumulate)
 

@@ -8,9 +8,10 @@ region each kernel does what torch's own would; with the last switch off they ar
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from torch.library import Library
 
 from halfstep.recipe import OpClass, OpPolicy, policies
 from halfstep.recipe.policies import LOSSES
+from halfstep.switching.by_role import dot_by_role
 from halfstep.switching.emulated import Carriers, attention, dot
 from halfstep.switching.plan import Plan
 from halfstep.switching.recurrent import recurrent_layers
 from halfstep.switching.region import Region, current
 
-__all__ = ["install"]
+__all__ = ["autocast", "install"]
 
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 _NARROW = (torch.float16, torch.bfloat16)
@@ -46,7 +48,7 @@ def install(plan: Plan) -> Callable[[], None]:
     if plan.active:
         layers.append("base")
         layers += policies()["amp"].differences(plan.recipe.policy)
-    if plan.emulate_dots:
+    if plan.emulate_dots or plan.reads_by_role:
         layers.append("emulated")
     keys = [(plan.device, layer) for layer in layers]
     with _lock:
@@ -66,6 +68,23 @@ def install(plan: Plan) -> Callable[[], None]:
                     library._destroy()
 
     return uninstall
+
+
+@contextlib.contextmanager
+def autocast(plan: Plan) -> Iterator[None]:
+    """The plan's device under autocast in its store dtype; torch's own has no FP32, which tf32 stores."""
+    if plan.low != torch.float32:
+        with torch.autocast(plan.device, dtype=plan.low, cache_enabled=False):
+            yield
+        return
+    before = torch.is_autocast_enabled(plan.device), torch.get_autocast_dtype(plan.device)
+    torch.set_autocast_enabled(plan.device, plan.active)
+    torch.set_autocast_dtype(plan.device, torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(plan.device, before[0])
+        torch.set_autocast_dtype(plan.device, before[1])
 
 
 def _register(device: str, layer: str) -> Library:
@@ -215,9 +234,16 @@ def _wide(below: _Below) -> _Kernel:
     return kernel
 
 
+def _is_ours(t: object) -> bool:
+    return isinstance(t, Tensor) and t.dtype not in _BEYOND
+
+
 def _dot(below: _Below) -> _Kernel:
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         emulator = region.emulator
+        if region.roled is not None and not region.keeps(*args) and _is_ours(args[0]):
+            with below.shut():
+                return dot_by_role(region.roled, below.op, args, kwargs)
         if not region.plan.emulate_dots:
             args, kwargs = _cast_all(args, kwargs, emulator.lowered)
             return below.whole(args, kwargs)
@@ -283,21 +309,26 @@ def _promoted(below: _Below) -> _Kernel:
 
 def _attention(below: _Below) -> _Kernel:
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not region.plan.emulate_dots:
+        by_role = region.roled is not None and not region.keeps()
+        if not (by_role or region.plan.emulate_dots):
+            args, kwargs = _cast_all(args, kwargs, region.emulator.lowered)
             return below.as_torch(keys, args, kwargs)
         with below.shut():
-            return attention(region.emulator, *args, **kwargs)
+            return attention((by_role and region.roled) or region.emulator, *args, **kwargs)
 
     return kernel
 
 
 def _recurrent(below: _Below) -> _Kernel:
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not region.plan.emulate_dots:
+        params = args[3] if below.op._overloadname == "data" else args[2]
+        by_role = region.roled is not None and not region.keeps(*params)
+        if not (by_role or region.plan.emulate_dots):
             args, kwargs = _cast_all(args, kwargs, region.emulator.lowered)
             return below.parts(keys, args, kwargs)
+        emulator = (by_role and region.roled) or region.emulator
         with below.shut():
-            return recurrent_layers(region.emulator, below.op, *args, **kwargs)
+            return recurrent_layers(emulator, below.op, *args, **kwargs)
 
     return kernel
 

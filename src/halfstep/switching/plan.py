@@ -40,6 +40,7 @@ class Plan:
 
     ``low`` is the dtype of working copies and of 16-bit tensors in the region; FP32 for the identity.
     ``emulate_dots``: dot products are FP32 kernels on rounded operands.
+    ``reads_by_role``: operands are rounded by role first, but in what the recipe keeps.
     ``wide_operations``: the FP32 class of the policy computes in FP32; off in plain 16-bit programs.
     ``narrow_writes``: the FP32 class writes the store format (policy ``paper``).
     """
@@ -48,6 +49,7 @@ class Plan:
     device: str
     low: torch.dtype
     emulate_dots: bool
+    reads_by_role: bool
     wide_operations: bool
     narrow_writes: bool
     rows: tuple[PlanRow, ...]
@@ -55,7 +57,7 @@ class Plan:
     @property
     def active(self) -> bool:
         """False where the region changes nothing."""
-        return self.low != torch.float32
+        return self.low != torch.float32 or self.reads_by_role
 
     @property
     def accumulator(self) -> Accumulator:
@@ -84,14 +86,8 @@ def make_plan(recipe: Recipe, device: str) -> Plan:
             f"halfstep switches models on {', '.join(_DEVICES)}"
         )
     low = _dtype(recipe, "store")
-    for role in ("weight", "activation", "gradient"):
-        if _dtype(recipe, role) != low:
-            raise SwitchError(
-                f"recipe {recipe} reads {role} operands in {getattr(recipe, role)} and stores "
-                f"{recipe.store}: operands and store must be one format so far"
-            )
     if not recipe.adds_in_fp32:
-        if low == torch.float32:
+        if low == torch.float32 and not recipe.reads_by_role:
             raise SwitchError(
                 f"recipe {recipe}: accumulate={recipe.accumulate} has no executor with store=fp32; "
                 "fp32, or store and operands in fp16 or bf16"
@@ -105,13 +101,14 @@ def make_plan(recipe: Recipe, device: str) -> Plan:
                 "fp32, or fp16 in an fp16 recipe"
             )
     emulate = device == "cpu" and low == torch.float16
-    emulate = emulate or not recipe.adds_in_fp32
+    emulate = low != torch.float32 and (emulate or not recipe.adds_in_fp32)
     plain = recipe.optimizer.name != "fp32"  # a plain 16-bit program has no FP32 islands
     return Plan(
         recipe=recipe,
         device=device,
         low=low,
         emulate_dots=emulate,
+        reads_by_role=recipe.reads_by_role,
         wide_operations=not plain and low != torch.float32,
         narrow_writes=recipe.policy.store_all,
         rows=_rows(recipe, device, emulate, plain),

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from halfstep.switching.operands import Product
+
 if TYPE_CHECKING:
     from halfstep.switching.emulated import Emulator
 
@@ -105,7 +107,7 @@ def _lstm_backward(
         [new * i * (1 - i), previous_cells * f * (1 - f), i * (1 - new * new)], 1
     )
     d_gates = torch.empty_like(gates)
-    state_rows = emulator.repeated(w_hh.t(), len(dh))
+    state_rows = emulator.repeated(w_hh.t(), len(dh), Product.GRAD_INPUT)
     for start, n in reversed(steps.order()):
         rows = slice(start, start + n)
         d_out = dh[:n].add_(grad_out[rows])
@@ -172,7 +174,7 @@ def _gru_backward(
         1,
     )
     d_all = gates.new_empty(gates.size(0), 4, width)
-    state_rows = emulator.repeated(w_hh.t(), len(dh))
+    state_rows = emulator.repeated(w_hh.t(), len(dh), Product.GRAD_INPUT)
     for start, n in reversed(steps.order()):
         rows = slice(start, start + n)
         d_out = dh[:n].add_(grad_out[rows])
@@ -217,7 +219,7 @@ def _plain_backward(
 ) -> Tensor:
     factors = (outs > 0).to(torch.float32) if relu else 1 - outs * outs
     d_gates = torch.empty_like(outs)
-    state_rows = emulator.repeated(w_hh.t(), len(dh))
+    state_rows = emulator.repeated(w_hh.t(), len(dh), Product.GRAD_INPUT)
     for start, n in reversed(steps.order()):
         rows = slice(start, start + n)
         d = d_gates[rows].copy_(((dh[:n] + grad_out[rows]) * factors[rows]).to(emulator.low))
@@ -297,9 +299,11 @@ class _Layer(Function):
             d_input = d_state = _plain_backward(
                 emulator, steps, outs.float(), w_state, d_out, dh, kind == "rnn_relu"
             )
-        d_x = emulator.rows(d_input, w_ih.float().t()).to(low) if ctx.needs_input_grad[3] else None
-        d_w_ih = emulator.rows(d_input.t(), x.float().t()).to(low)
-        d_w_hh = emulator.rows(d_state.t(), previous.t()).to(low)
+        d_x = None
+        if ctx.needs_input_grad[3]:
+            d_x = emulator.rows(d_input, w_ih.float().t(), Product.GRAD_INPUT).to(low)
+        d_w_ih = emulator.rows(d_input.t(), x.float().t(), Product.GRAD_WEIGHT).to(low)
+        d_w_hh = emulator.rows(d_state.t(), previous.t(), Product.GRAD_WEIGHT).to(low)
         d_b_ih = d_input.sum(0).to(low) if ctx.has_bias else None
         d_b_hh = d_state.sum(0).to(low) if ctx.has_bias else None
         return (
@@ -377,7 +381,16 @@ def _stack(
                 out, h, c = _projected(emulator, steps, x, h0[k], cell, own, b_ih, b_hh)
             else:
                 out, h, c = _Layer.apply(
-                    emulator, kind, steps, x, h0[k], cell, own[0], own[1], b_ih, b_hh
+                    emulator.of_layer(own[0]),
+                    kind,
+                    steps,
+                    x,
+                    h0[k],
+                    cell,
+                    own[0],
+                    own[1],
+                    b_ih,
+                    b_hh,
                 )  # pyright: ignore[reportGeneralTypeIssues]
             outs.append(out)
             hs.append(h)

@@ -21,6 +21,7 @@ from halfstep.switching import fast_path
 from halfstep.switching.boundary import Gate, lower_many
 from halfstep.switching.emulated import Emulator
 from halfstep.switching.plan import Plan
+from halfstep.switching.roles import Roles
 
 __all__ = ["LazyParameters", "Region", "current", "keeps_fp32", "reopening"]
 
@@ -125,11 +126,14 @@ class Region:
         "last_node",
         "lowers_through_boundary",
         "plan",
+        "roled",
+        "roles",
         "thread",
+        "weights",
     )
 
     def __init__(
-        self, plan: Plan, gate: Gate, scaled: bool, buckets: Buckets, audit: Audit
+        self, plan: Plan, gate: Gate, scaled: bool, buckets: Buckets, audit: Audit, roles: Roles
     ) -> None:
         self.plan = plan
         self.gate = gate
@@ -143,6 +147,10 @@ class Region:
         self._copies: dict[tuple[int, torch.dtype], Tensor] = {}
         self._frozen_copies: dict[tuple[int, torch.dtype, bool], Tensor] = {}
         self._masters: dict[int, tuple[Tensor, Tensor]] = {}
+        self.roles = roles
+        # Storage of a working copy -> its master: views of a weight are weights. Alive as long as the region.
+        self.weights: dict[int, Tensor] = {}
+        self.roled = roles.emulator(self.weight_name) if plan.reads_by_role else None
         self.thread = threading.get_ident()
         self.first_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
         self.last_node: int | None = None
@@ -191,7 +199,30 @@ class Region:
             self._remember(c, m)
         return self._copies[index]
 
+    def weight_name(self, t: Tensor) -> str:
+        """The name of the parameter whose working copy ``t`` is, or a view of one; "" for others."""
+        master = self.master_under(t)
+        return "" if master is None else self.roles.name_of(master)
+
+    def master_under(self, t: Tensor) -> Tensor | None:
+        """The master whose working copy ``t`` is, or a view of one."""
+        master = self.weights.get(t.untyped_storage()._cdata)
+        return t if master is None and isinstance(t, nn.Parameter) else master
+
+    def keeps(self, *tensors: Any) -> bool:
+        """True for a dot product of these whose operands stay in the store format."""
+        if self.roled is None:
+            return True
+        masters = [
+            m for t in tensors if isinstance(t, Tensor) and (m := self.master_under(t)) is not None
+        ]
+        if masters:
+            return any(id(m) in self.roles.kept for m in masters)
+        return self.plan.recipe.keep.products
+
     def _remember(self, copy: Tensor, master: Tensor) -> None:
+        if self.roled is not None:
+            self.weights[copy.untyped_storage()._cdata] = master
         if copy is not master:
             self._masters[id(copy)] = (copy, master)
 
@@ -213,6 +244,9 @@ class Region:
         self._copies.clear()
         self._frozen_copies.clear()
         self._masters.clear()
+        self.weights.clear()
+        if self.roled is not None:
+            self.roled.weights.close()
         self.last_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
 
     @contextlib.contextmanager
@@ -229,7 +263,9 @@ class Region:
 
     def again(self) -> Region:
         """A region like this one for a recomputation: same plan and gate, working copies made anew."""
-        return Region(self.plan, self.gate, self.lowers_through_boundary, _SINGLES, self.audit)
+        return Region(
+            self.plan, self.gate, self.lowers_through_boundary, _SINGLES, self.audit, self.roles
+        )
 
 
 class Buckets:

@@ -37,6 +37,7 @@ from halfstep.switching.plain import become_half
 from halfstep.switching.plan import Plan, make_plan
 from halfstep.switching.region import SMALL, Buckets, Region, check_unwritten, current
 from halfstep.switching.reports import Handle, pace
+from halfstep.switching.roles import Roles
 from halfstep.switching.state import State, read_state, write_state
 from halfstep.switching.structure import map_tensors, tensors_in
 
@@ -107,16 +108,22 @@ class Switch:
         self.recipe = recipe
         self.plan: Plan = make_plan(recipe, _device(model, recipe))
         _check_not_switched(model)
+        if recipe.inference_only and optimizers:
+            raise SwitchError(
+                f"recipe {recipe} is for inference only and was given an optimizer: nothing says how "
+                "to train with it. Switch without an optimizer, or take a recipe such as fp8 or int8"
+            )
         self.guarded = recipe.guarded and not recipe.is_identity
         self._on = True
         self._scaled = recipe.loss_scaling.kind is not ScalingKind.NONE and bool(optimizers)
-        self.ledger = Ledger(recipe.loss_scaling, self._scaled, recipe.gradient.max)
+        self.ledger = Ledger(recipe.loss_scaling, self._scaled, recipe.largest_gradient)
         self._gate = self.ledger.gate
         self._inside = Intervals()
         self._schedules: dict[int, Schedule] = {}
         self._shapes: dict[int, Shape] = {}
         self._adopted: list[nn.Module] = []
         self._buckets = Buckets([])
+        self.roles = Roles(self.plan, model)
         self._back_to_fp32: Callable[[], None] = _nothing
         self._machinery: list[Callable[[], None]] = []
         if recipe.optimizer.name == "fp16":
@@ -246,7 +253,7 @@ class Switch:
         The keys are those of ``torch.amp.GradScaler``, which may load it, and one more, ``halfstep``.
         """
         self.ledger.settle()
-        return write_state(self._state(), self.recipe)
+        return write_state(self._state(), self.recipe) | self.roles.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``, of a switch or of a ``torch.amp.GradScaler``.
@@ -260,6 +267,7 @@ class Switch:
         """
         self.ledger.settle()
         read = read_state(state, self.recipe, self._state())
+        self.roles.load_state_dict(state)
         self.ledger.set(read.loss_scale)
         self.ledger.steps, self.ledger.skipped_steps = read.steps, read.skipped_steps
 
@@ -283,14 +291,14 @@ class Switch:
         self._check_device(module)
         changed = self._readopt(module)
         audit = functools.partial(self._audit, module)
-        region = Region(self.plan, self._gate, self._scaled, self._buckets, audit)
+        region = Region(self.plan, self._gate, self._scaled, self._buckets, audit, self.roles)
+        if torch.is_grad_enabled():
+            self.roles.begin_step()
         args, kwargs = map_tensors((args, kwargs), self._enter)
         with contextlib.ExitStack() as opened:
             opened.callback(region.clear)
             opened.enter_context(region.opened())
-            opened.enter_context(
-                torch.autocast(self.plan.device, dtype=self.plan.low, cache_enabled=False)
-            )
+            opened.enter_context(overrides.autocast(self.plan))
 
             def leave(out: Any) -> Any:
                 check_unwritten(region, self.name_of)
@@ -358,6 +366,8 @@ class Switch:
     def _adopt(self, root: nn.Module) -> None:
         self._adopted.extend(adopt(root, self))
         self._shapes[id(root)] = Shape(root)
+        if self.plan.reads_by_role:
+            self.roles.look(self.model)
         low = self.plan.low
         masters = working_dtypes(self.model, low)
         if (
