@@ -10,6 +10,7 @@
     ├── SwitchError (RuntimeError)       the switch cannot do what was asked
     │   └── ScaledGradientError          a gradient would leave the region still scaled
     ├── NonFiniteError (FloatingPointError)  not finite, and no loss scale mends it
+    ├── CheckpointError (RuntimeError)   a checkpoint is damaged, too new, or of another program
     └── DataError (RuntimeError)         a data set cannot be fetched or is not the one expected
 """
 
@@ -19,6 +20,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "CheckpointError",
     "DataError",
     "FormatError",
     "HalfstepError",
@@ -72,6 +74,10 @@ class ScaledGradientError(SwitchError):
 
 class NonFiniteError(HalfstepError, FloatingPointError):
     """Gradients or loss are not finite, and lowering the loss scale cannot mend it."""
+
+
+class CheckpointError(HalfstepError, RuntimeError):
+    """A checkpoint is damaged, of a newer version, or does not fit what it is loaded into."""
 
 
 class DataError(HalfstepError, RuntimeError):

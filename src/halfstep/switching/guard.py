@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from halfstep import ops
 from halfstep.errors import NonFiniteError
 from halfstep.switching.ledger import Ledger, not_finite_at_floor
 from halfstep.switching.loss_scale import StepReason
+from halfstep.switching.ranks import Ranks, local, shards
 
 __all__ = ["Guard", "Owner"]
 
@@ -36,14 +38,18 @@ class Owner(Protocol):
         """True where a step's outcome may be learnt after it."""
         ...
 
+    def ranks(self) -> Ranks:
+        """The processes that train the model together."""
+        ...
+
     def round_masters(self, parameters: Iterable[Tensor]) -> None:
         """Round weights that the recipe keeps in 16 bits."""
         ...
 
 
 def _values(grad: Any) -> Tensor:
-    """The numbers of a gradient that has been seen; of a sparse one, those that it holds."""
-    return grad._values() if grad.is_sparse else grad
+    """The numbers of a gradient on this rank; of a sparse one, those that it holds."""
+    return grad._values() if grad.is_sparse else local(grad)
 
 
 class Guard:
@@ -140,18 +146,22 @@ class Guard:
 
     def _largest(self, owner: Owner) -> float:
         """max |gradient| where the owner's scale follows it; not finite after an overflow."""
-        grads = [_values(h.parameter.grad) for h in self._held()]
-        if not grads or not owner.ledger.loss_scale.weighs:
+        if not owner.ledger.loss_scale.weighs:
             return 0.0
-        return float(torch.stack(torch._foreach_norm(grads, math.inf)).max())  # pyright: ignore
+        grads = [_values(h.parameter.grad) for h in self._held()]
+        largest = float(torch.stack(torch._foreach_norm(grads, math.inf)).max()) if grads else 0.0  # pyright: ignore
+        return owner.ranks().largest(largest)
 
     def _held(self) -> list[_Held]:
         """The parameters that the optimizer holds now and has a gradient for."""
+        return [h for h in self._places() if h.parameter.grad is not None]
+
+    def _places(self) -> list[_Held]:
+        """The parameters that the optimizer holds now."""
         return [
             _Held(p, g, k, self.optimizer)
             for g, group in enumerate(self.optimizer.param_groups)
             for k, p in enumerate(group["params"])
-            if p.grad is not None
         ]
 
     def _on_device(self) -> bool:
@@ -195,14 +205,30 @@ class Guard:
         return evaluate
 
     def _check(self) -> list[tuple[_Held, int]]:
-        """Parameters with non-finite gradients; raises where a lower scale cannot mend them."""
-        ledgers = [owner.ledger for owner in self._owners if owner.guarded]
+        """Parameters with non-finite gradients; raises where a lower scale cannot mend them.
+
+        The same on all ranks that train the model together: what one of them sees concerns all.
+        """
+        owners = [owner for owner in self._owners if owner.guarded]
+        ledgers = [owner.ledger for owner in owners]
+        ranks = functools.reduce(operator.or_, (owner.ranks() for owner in owners), Ranks())
         try:
-            for ledger in ledgers:
-                ledger.check_losses()
+            loss_error = _loss_error(ledgers)
             held = self._held()
             counts = ops.count_nonfinite([_values(h.parameter.grad) for h in held])
             nonfinite = [(h, n) for h, n in zip(held, counts, strict=True) if n]
+            lost, overflown = loss_error is not None, bool(nonfinite)
+            if ranks:
+                first_lost, first_overflown = ranks.first_with([lost, overflown])
+                if first_lost is not None and loss_error is None:
+                    loss_error = NonFiniteError(
+                        f"the loss on rank {first_lost} is not finite: no loss scale mends that. The "
+                        "step was applied on no rank; that rank's own error says more"
+                    )
+                if loss_error is None and first_overflown is not None:
+                    nonfinite = self._of_all(ranks, nonfinite)
+            if loss_error is not None:
+                raise loss_error
             if nonfinite and all(ledger.exhausted() for ledger in ledgers):
                 scale = max(ledger.gate.scale for ledger in ledgers)
                 raise NonFiniteError(not_finite_at_floor(_by_name(self._owners, nonfinite), scale))
@@ -211,6 +237,17 @@ class Guard:
                 ledger.abandon()
             raise
         return nonfinite
+
+    def _of_all(self, ranks: Ranks, mine: list[tuple[_Held, int]]) -> list[tuple[_Held, int]]:
+        """The counts of all ranks: of a sharded gradient the sum, of one that all have alike its own."""
+        everything = self._places()
+        seen = {(h.group, h.index): n for h, n in mine}
+        sums = ranks.sums([seen.get((h.group, h.index), 0) for h in everything])
+        return [
+            (h, -(-n * shards(h.parameter) // ranks.size))
+            for h, n in zip(everything, sums, strict=True)
+            if n
+        ]
 
     def _hide(self) -> Optimizer:
         """The stand-in of a step that is skipped; gradients are put away until `_after`."""
@@ -237,6 +274,15 @@ class _Held(NamedTuple):
         kind = type(self.optimizer).__name__
         place = f"parameter {self.index} of group {self.group} of {kind}"
         return known.get(id(self.parameter), place)
+
+
+def _loss_error(ledgers: Iterable[Ledger]) -> NonFiniteError | None:
+    try:
+        for ledger in ledgers:
+            ledger.check_losses()
+    except NonFiniteError as error:
+        return error
+    return None
 
 
 def _names(owner: Owner, held: Iterable[_Held]) -> list[str]:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from halfstep.errors import OperandError, SwitchError
 from halfstep.recipe import Recipe, ScalingKind
 from halfstep.switching import engine, hooks, overrides
+from halfstep.switching.admission import device_of, optimizers_in
 from halfstep.switching.adoption import Shape, adopt, release, working_dtypes
 from halfstep.switching.audit import (
     Intervals,
@@ -27,6 +28,7 @@ from halfstep.switching.audit import (
     has_left,
 )
 from halfstep.switching.boundary import enter, leave
+from halfstep.switching.checkpoints import Checkpointed
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.guard import Guard
 from halfstep.switching.ledger import Ledger
@@ -35,6 +37,7 @@ from halfstep.switching.module_hooks import call_leaving, has_hooks_after_forwar
 from halfstep.switching.naming import describe, parameter_names
 from halfstep.switching.plain import become_half
 from halfstep.switching.plan import Plan, make_plan
+from halfstep.switching.ranks import Ranks, active_ddp, ranks_of
 from halfstep.switching.region import SMALL, Buckets, Region, check_unwritten, current
 from halfstep.switching.reports import Handle, pace
 from halfstep.switching.roles import Roles
@@ -84,29 +87,17 @@ def switch(
     """
     if not isinstance(model, nn.Module):
         raise OperandError(f"switch takes a torch.nn.Module, not a {type(model).__name__}")
-    optimizers = _as_list(optimizer)
+    optimizers = optimizers_in(optimizer)
     return Switch(model, optimizers, Recipe.parse(recipe))
 
 
-def _as_list(optimizer: object) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
-    if not isinstance(given, (list, tuple)) or not all(isinstance(o, Optimizer) for o in given):
-        raise OperandError(
-            f"optimizer is a {type(optimizer).__name__}; "
-            "give a torch.optim.Optimizer, a list of them, or None"
-        )
-    return list(given)
-
-
-class Switch:
+class Switch(Checkpointed):
     """Mixed precision as it is on one model: what it does, what became of the last step, and the way back."""
 
     def __init__(self, model: nn.Module, optimizers: list[Optimizer], recipe: Recipe) -> None:
         self.model = model
         self.recipe = recipe
-        self.plan: Plan = make_plan(recipe, _device(model, recipe))
+        self.plan: Plan = make_plan(recipe, device_of(model, recipe))
         _check_not_switched(model)
         if recipe.inference_only and optimizers:
             raise SwitchError(
@@ -122,6 +113,8 @@ class Switch:
         self._schedules: dict[int, Schedule] = {}
         self._shapes: dict[int, Shape] = {}
         self._adopted: list[nn.Module] = []
+        self._ddp: DistributedDataParallel | None = None
+        self._ranks = Ranks()
         self._buckets = Buckets([])
         self.roles = Roles(self.plan, model)
         self._back_to_fp32: Callable[[], None] = _nothing
@@ -139,6 +132,7 @@ class Switch:
         self._when_dropped = weakref.finalize(self, _dropped.append, self._machinery)
         self._when_dropped.atexit = False
         self._guards = [Guard.over(o, self) for o in optimizers]
+        self._find_ranks(None)
         self.round_masters(p for p in model.parameters())
 
     # -- what a user asks ---------------------------------------------------------------------------
@@ -289,6 +283,9 @@ class Switch:
         """``call(*args, **kwargs)`` of ``module`` inside a region of its own."""
         self.ledger.settle()
         self._check_device(module)
+        ddp = active_ddp()
+        if ddp is not self._ddp and ddp is not None:  # it was put around a switched model
+            self._find_ranks(ddp)
         changed = self._readopt(module)
         audit = functools.partial(self._audit, module)
         region = Region(self.plan, self._gate, self._scaled, self._buckets, audit, self.roles)
@@ -365,6 +362,7 @@ class Switch:
 
     def _adopt(self, root: nn.Module) -> None:
         self._adopted.extend(adopt(root, self))
+        self._find_ranks(self._ddp)
         self._shapes[id(root)] = Shape(root)
         if self.plan.reads_by_role:
             self.roles.look(self.model)
@@ -375,6 +373,10 @@ class Switch:
         ):  # then torch's own cast does for the large, and FP32 ones are read as they are
             masters = [(p, dtype) for p, dtype in masters if dtype == low and p.numel() <= SMALL]
         self._buckets = Buckets(masters)
+
+    def _find_ranks(self, ddp: DistributedDataParallel | None) -> None:
+        self._ddp = ddp
+        self._ranks = ranks_of(self.model, ddp)
 
     def _readopt(self, root: nn.Module) -> bool:
         """Take in what was added below ``root`` since its last call; True where anything was."""
@@ -408,9 +410,13 @@ class Switch:
         """id -> name of the model's parameters."""
         return parameter_names(self.model)
 
+    def ranks(self) -> Ranks:
+        """The processes that train the model together."""
+        return self._ranks.now()
+
     def defers(self) -> bool:
-        """True where a step's outcome may be learnt after it: nothing is left to do to the masters."""
-        return self.recipe.master.name == "fp32"
+        """True where a step's outcome may be learnt after it: no rank or master waits for it."""
+        return self.recipe.master.name == "fp32" and not self._ranks
 
     def round_masters(self, parameters: Iterable[Tensor]) -> None:
         """Where the recipe has no FP32 masters, round the weights to what it keeps."""
@@ -461,25 +467,6 @@ _dropped: list[list[Callable[[], None]]] = []
 def _uninstall_dropped() -> None:
     while _dropped:
         _call_all(_dropped.pop())
-
-
-def _device(model: nn.Module, recipe: Recipe) -> str:
-    kinds = set()
-    for name, p in model.named_parameters():
-        if is_lazy(p):
-            raise SwitchError(
-                f"parameter {name} has no shape yet: run the model once on a batch before the switch"
-            )
-        kinds.add(p.device.type)
-        if p.dtype in _NARROW and not recipe.is_identity:
-            raise SwitchError(
-                f"parameter {name} is {p.dtype}: the masters are FP32. Call model.float() before the switch"
-            )
-    if len(kinds) > 1:
-        raise SwitchError(
-            f"the model's parameters are on {', '.join(sorted(kinds))}; one device kind is needed"
-        )
-    return kinds.pop() if kinds else "cpu"
 
 
 def _check_not_switched(model: nn.Module) -> None:
