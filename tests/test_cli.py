@@ -33,6 +33,7 @@ COMMANDS = [
     ["recipes"],
     ["bench", "switch"],
     ["bench", "arithmetic"],
+    ["bench", "architectures"],
 ]
 
 

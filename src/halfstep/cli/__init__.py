@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import halfstep
-from halfstep.cli import bench, lab
+from halfstep.cli import architectures, bench, lab
 from halfstep.cli.catalogues import list_formats, list_recipes
 from halfstep.cli.demo import show_demo
 from halfstep.cli.run import Launch, run_script
@@ -29,6 +29,7 @@ app.command("run", context_settings={"allow_interspersed_args": False})(run_scri
 app.command("formats")(list_formats)
 app.command("recipes")(list_recipes)
 app.add_typer(lab.group, name="lab")
+bench.group.command("architectures")(architectures.bench_architectures)
 app.add_typer(bench.group, name="bench")
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "ratio",
     "save",
     "this_machine",
+    "write_record",
 ]
 
 
@@ -197,31 +198,37 @@ def save(
     rows: Iterable[Row], machine: Machine, *, theme: str, command: str, directory: Path
 ) -> tuple[Path, Path]:
     """Writes ``<theme>_<machine>_<date>.json`` and ``.md``, command included; returns the paths."""
+    dicts = [row.as_dict() for row in rows]
+    return write_record(
+        dicts, machine, theme=theme, command=command, directory=directory, page=_lines(dicts)
+    )
+
+
+def write_record(
+    rows: Sequence[Mapping[str, Any]],
+    machine: Machine,
+    *,
+    theme: str,
+    command: str,
+    directory: Path,
+    page: Sequence[str],
+) -> tuple[Path, Path]:
+    """As `save`, for rows of any kind: ``page`` are the lines that show them to a reader."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     where = machine.device if machine.device != "cpu" else machine.processor
     stem = f"{theme}_{_slug(where)}_{today}"
-    dicts = [row.as_dict() for row in rows]
     directory.mkdir(parents=True, exist_ok=True)
-    data, page = directory / f"{stem}.json", directory / f"{stem}.md"
-    record = {"theme": theme, "date": today, "command": command}
-    data.write_text(
-        json.dumps({**record, "machine": machine.as_dict(), "rows": dicts}, indent=2) + "\n"
-    )
-    page.write_text(_page(theme, today, command, machine, dicts))
-    return data, page
-
-
-def _page(
-    theme: str, today: str, command: str, machine: Machine, rows: Sequence[Mapping[str, Any]]
-) -> str:
+    data, text = directory / f"{stem}.json", directory / f"{stem}.md"
+    record = {"theme": theme, "date": today, "command": command, "machine": machine.as_dict()}
+    data.write_text(json.dumps({**record, "rows": list(rows)}, indent=2) + "\n")
     described = ", ".join(f"{key} {value}" for key, value in machine.as_dict().items())
+    head = [f"# {theme}, {today}", "", f"Command: `{command}`", "", f"Machine: {described}", ""]
+    text.write_text("\n".join([*head, *page]) + "\n")
+    return data, text
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
-        f"# {theme}, {today}",
-        "",
-        f"Command: `{command}`",
-        "",
-        f"Machine: {described}",
-        "",
         "Figures are medians over rounds in which all contestants take turns; quartiles beside.",
         "",
         "| case | against | figure | quartiles | target | met |",
@@ -234,7 +241,7 @@ def _page(
             f"| {row['case']} | {row['against']} | {row['figure']:.2f} | {low:.2f}-{high:.2f} "
             f"| {row['target']} | {met} |"
         )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _slug(text: str) -> str:

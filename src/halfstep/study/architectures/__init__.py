@@ -1,0 +1,1 @@
+"""Published architectures that were not written for halfstep, trained in its recipes."""

@@ -1,0 +1,1 @@
+"""Stands where the program stands, and trains nothing."""
