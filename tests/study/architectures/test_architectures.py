@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from halfstep.study.architectures.catalogue import ARCHITECTURES, Kind
+from halfstep.study.architectures.architecture import Kind
+from halfstep.study.architectures.catalogue import ARCHITECTURES
 from halfstep.study.architectures.measure import SEEDS, main
 from halfstep.study.architectures.outcomes import deviation, least_cosine, widest
 from halfstep.study.architectures.runner import Resumed, outcomes

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import halfstep
-from halfstep.study.architectures.catalogue import ARCHITECTURES, Architecture
+from halfstep.study.architectures.architecture import Architecture
+from halfstep.study.architectures.catalogue import ARCHITECTURES
 from halfstep.study.architectures.program import draw_batches, train
 
 __all__ = ["SEEDS", "cosine", "first_gradient", "main"]
@@ -30,8 +31,8 @@ def first_gradient(architecture: Architecture, recipe: str = "fp32") -> Tensor:
     """The gradient of the first batch with respect to all parameters (n), in evaluation mode; of a
     recipe with a loss scale, at the first scale at which nothing overflows.
 
-    There is no dropout in evaluation mode, and batch normalisation does not look at the batch: in an untrained
-    network its gradients grow exponentially with depth, and any rounding with them, FP32's own, too.
+    There is no dropout in evaluation mode, and batch normalisation does not look at the batch: in an
+    untrained network its gradients grow exponentially with depth, and any rounding with them, FP32's too.
 
     Raises:
         halfstep.errors.NonFiniteError: no scale mends it.
@@ -66,6 +67,11 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(a @ b / (a.norm() * b.norm()))
 
 
+def _of_seeds(architecture: Architecture, idle: int) -> list[float]:
+    """FP32's loss after the last step, with each seed; the first ``idle`` steps are not applied."""
+    return [train(architecture, seed, idle=idle).after for seed in SEEDS]
+
+
 def _in_recipe(architecture: Architecture, recipe: str, reference: Tensor) -> dict[str, Any]:
     skipped = 0
 
@@ -81,7 +87,8 @@ def _in_recipe(architecture: Architecture, recipe: str, reference: Tensor) -> di
 
     start = time.perf_counter()
     losses = train(architecture, SEEDS[0], prepare=prepare)
-    return {
+    found = {} if not skipped else {"fp32": _of_seeds(architecture, skipped)}
+    return found | {
         "steps": losses.steps,
         "after": losses.after,
         "cosine": cosine(first_gradient(architecture, recipe), reference),
@@ -96,8 +103,7 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)  # sums in the same order every time, and a core for the process beside
     architecture = ARCHITECTURES[name]
     reference = first_gradient(architecture)
-    after = [train(architecture, seed).after for seed in SEEDS]
-    _say({"parameters": len(reference), "fp32": after})
+    _say({"parameters": len(reference), "fp32": _of_seeds(architecture, 0)})
     for recipe in recipes:
         try:
             _say({"recipe": recipe, **_in_recipe(architecture, recipe, reference)})

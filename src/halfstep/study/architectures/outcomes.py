@@ -59,7 +59,8 @@ class Outcome:
         model: the class, with its library.
         cosine: of the first gradient, dropout off, to FP32's.
         after: the mean loss over the batches after the last step.
-        fp32: the same of FP32, one of each seed.
+        fp32: the same of FP32, one of each seed; where the loss scale cost the recipe steps, of FP32 without
+            as many at the beginning.
         launched: the same of ``halfstep run`` on the unmodified program; NaN where that failed.
         same: all its losses are those of ``halfstep.switch``, bit for bit.
         skipped: steps that the loss scale cost.

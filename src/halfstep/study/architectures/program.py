@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from halfstep.study.architectures.architecture import Architecture
 from halfstep.study.architectures.batches import Batch
-from halfstep.study.architectures.catalogue import ARCHITECTURES, Architecture
+from halfstep.study.architectures.catalogue import ARCHITECTURES
 
 __all__ = ["BATCHES", "STEPS", "Losses", "draw_batches", "train"]
 
@@ -41,8 +42,8 @@ def draw_batches(architecture: Architecture) -> tuple[Batch, ...]:
 
 
 def _quiet(model: nn.Module) -> None:
-    """No dropout, nor anything else that is drawn in training; batch normalisation goes on looking at the batch,
-    of whose running statistics a few steps know little.
+    """No dropout, nor anything else that is drawn in training; batch normalisation goes on looking at the
+    batch, of whose running statistics a few steps know little.
     """
     model.eval()
     for module in model.modules():
@@ -55,9 +56,12 @@ def train(
     seed: int,
     *,
     steps: int = STEPS,
+    idle: int = 0,
     prepare: Callable[[nn.Module, Optimizer], object] = lambda model, optimizer: None,
 ) -> Losses:
-    """``steps`` of AdamW on four batches in turn; ``prepare`` is given model and optimizer beforehand."""
+    """``steps`` of AdamW on four batches in turn, of which the first ``idle`` are not applied; ``prepare``
+    is given model and optimizer beforehand.
+    """
     torch.manual_seed(seed)
     model = architecture.build()
     optimizer = AdamW(model.parameters(), lr=architecture.rate)
@@ -67,7 +71,8 @@ def train(
     for step in range(steps):
         loss = architecture.loss(model, data[step % BATCHES])
         loss.backward()
-        optimizer.step()
+        if step >= idle:
+            optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     _quiet(model)

@@ -87,7 +87,7 @@ def _measure(name: str, recipes: Sequence[str]) -> list[Outcome]:
         fp32: dict[str, Any] = {"parameters": 0, "fp32": ()}
         for line in output.splitlines():
             record = json.loads(line)
-            if "fp32" in record:
+            if "recipe" not in record:
                 fp32 = record
                 continue
             rows.append(_outcome(name, record["recipe"], fp32, record))
@@ -119,7 +119,7 @@ def _outcome(name: str, recipe: str, fp32: dict[str, Any], switched: dict[str, A
         parameters=fp32["parameters"],
         cosine=switched.get("cosine", math.nan),
         after=switched.get("after", math.nan),
-        fp32=tuple(fp32["fp32"]),
+        fp32=tuple(switched.get("fp32", fp32["fp32"])),
         launched=launched,
         same=same,
         skipped=switched.get("skipped", 0),

@@ -43,9 +43,10 @@ Versions: {libraries}
   5e-2 in 8 bits.
 - off: distance of the loss from the mean of {seeds} FP32 seeds, in units of their prediction interval:
   one more FP32 run is within {widest(seeds):.2f} with {CONFIDENCE:.0%} probability.
+- skipped: steps that finding the loss scale cost; FP32 is then without as many.
 - run: losses of `halfstep run` on the unmodified program against those of `halfstep.switch`.
 
-| architecture | kind | parameters | recipe | 1 - cosine | loss | FP32 alike | off | skipped | run | met |
+| architecture | kind | parameters | recipe | 1 - cosine | loss | FP32 | off | skipped | run | met |
 |---|---|---|---|---|---|---|---|---|---|---|""".splitlines()
     for row in rows:
         same_seed = row.fp32[0] if row.fp32 else math.nan
