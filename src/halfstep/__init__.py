@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from halfstep.ops import round_to as round_to
     from halfstep.recipe import Recipe as Recipe
     from halfstep.recipe import recipes as recipes
+    from halfstep.switching import GradScaler as GradScaler
+    from halfstep.switching import autocast as autocast
     from halfstep.switching import switch as switch
 
 __version__ = "0.1.0"
@@ -23,7 +25,9 @@ __version__ = "0.1.0"
 # public name -> the module it lives in
 _PUBLIC: dict[str, str] = {
     "Format": "halfstep.format",
+    "GradScaler": "halfstep.switching",
     "Recipe": "halfstep.recipe",
+    "autocast": "halfstep.switching",
     "formats": "halfstep.format",
     "matmul": "halfstep.ops",
     "quantize_blocks": "halfstep.ops",

@@ -1,6 +1,7 @@
 """Put a recipe on a program: region, working copies, loss scale, optimizer side."""
 
 from halfstep.switching.explanation import Explanation
+from halfstep.switching.facades import GradScaler, autocast
 from halfstep.switching.loss_scale import LossScale, StepReason, StepReport
 from halfstep.switching.plan import Executor, Plan, PlanRow, make_plan
 from halfstep.switching.reports import Handle, log_to, on_applied
@@ -9,6 +10,7 @@ from halfstep.switching.switch import Switch, switch
 __all__ = [
     "Executor",
     "Explanation",
+    "GradScaler",
     "Handle",
     "LossScale",
     "Plan",
@@ -16,6 +18,7 @@ __all__ = [
     "StepReason",
     "StepReport",
     "Switch",
+    "autocast",
     "log_to",
     "make_plan",
     "on_applied",

@@ -42,7 +42,8 @@ class _Call:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._with_flat_weights if self.recurrent else self.inner
-        if current() is not None:
+        region = current()
+        if region is not None and not region.loose:
             return call(*args, **kwargs)
         return self.owners[0].run(self.module, call, args, kwargs)
 

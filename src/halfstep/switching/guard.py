@@ -18,6 +18,7 @@ from halfstep import ops
 from halfstep.errors import NonFiniteError
 from halfstep.switching.ledger import Ledger, not_finite_at_floor
 from halfstep.switching.loss_scale import StepReason
+from halfstep.switching.naming import place_of
 from halfstep.switching.ranks import Ranks, local, shards
 
 __all__ = ["Guard", "Owner"]
@@ -271,8 +272,7 @@ class _Held(NamedTuple):
 
     def name(self, known: dict[int, str]) -> str:
         """Its name in a model, or else its place in the optimizer."""
-        kind = type(self.optimizer).__name__
-        place = f"parameter {self.index} of group {self.group} of {kind}"
+        place = place_of(self.optimizer, self.group, self.index)
         return known.get(id(self.parameter), place)
 
 

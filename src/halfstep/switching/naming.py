@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["describe", "parameter_names"]
+__all__ = ["describe", "parameter_names", "place_of"]
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
@@ -58,3 +58,8 @@ def _inside(path: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
     elif depth and hasattr(value, "__dict__") and not isinstance(value, type):
         for k, v in vars(value).items():
             yield from _inside(f"{path}.{k}", v, depth - 1)
+
+
+def place_of(optimizer: Optimizer, group: int, index: int) -> str:
+    """Where the optimizer keeps a parameter, for one that has no name in a model."""
+    return f"parameter {index} of group {group} of {type(optimizer).__name__}"

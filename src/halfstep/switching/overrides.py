@@ -30,8 +30,8 @@ __all__ = ["autocast", "install"]
 
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 _NARROW = (torch.float16, torch.bfloat16)
-# Numbers that go their own way, as in torch.autocast.
-_BEYOND = (torch.float64, torch.complex64, torch.complex128)
+# All else (FP64, complex numbers, integers) goes its own way, as in torch.autocast.
+_CASTABLE = (*_NARROW, torch.float32)
 
 # Those of the FP32 class whose own 16-bit kernels compute in FP32: nothing to cast where 16 bits are written.
 _WIDE_INSIDE = frozenset(("layer_norm", "group_norm", "softmax", "log_softmax"))
@@ -247,7 +247,8 @@ def _dot(below: _Below) -> _Kernel:
         if not region.plan.emulate_dots:
             args, kwargs = _cast_all(args, kwargs, emulator.lowered)
             return below.whole(args, kwargs)
-        if isinstance(args[0], Tensor) and args[0].dtype in _BEYOND:
+        first = args[0]
+        if isinstance(first, Tensor) and first.dtype not in _CASTABLE:
             return below.whole(args, kwargs)
 
         def carried() -> Tensor:

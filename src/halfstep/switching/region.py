@@ -124,6 +124,7 @@ class Region:
         "first_node",
         "gate",
         "last_node",
+        "loose",
         "lowers_through_boundary",
         "plan",
         "roled",
@@ -133,9 +134,19 @@ class Region:
     )
 
     def __init__(
-        self, plan: Plan, gate: Gate, scaled: bool, buckets: Buckets, audit: Audit, roles: Roles
+        self,
+        plan: Plan,
+        gate: Gate,
+        scaled: bool,
+        buckets: Buckets,
+        audit: Audit,
+        roles: Roles,
+        *,
+        loose: bool = False,
     ) -> None:
         self.plan = plan
+        self.loose = loose
+        """Of no model: a switched one that is called in it opens a region of its own."""
         self.gate = gate
         self.audit = audit
         # At scale 1 a plain cast is a boundary: torch's own node turns the gradient to FP32.
@@ -264,7 +275,13 @@ class Region:
     def again(self) -> Region:
         """A region like this one for a recomputation: same plan and gate, working copies made anew."""
         return Region(
-            self.plan, self.gate, self.lowers_through_boundary, _SINGLES, self.audit, self.roles
+            self.plan,
+            self.gate,
+            self.lowers_through_boundary,
+            SINGLES,
+            self.audit,
+            self.roles,
+            loose=self.loose,
         )
 
 
@@ -308,7 +325,7 @@ class Buckets:
         return members if any(p is master for p, _ in members) else [(master, dtype)]
 
 
-_SINGLES = Buckets([])
+SINGLES = Buckets([])
 
 
 def reopening(function: Callable[..., Any]) -> Callable[..., Any]:
