@@ -235,7 +235,7 @@ def _wide(below: _Below) -> _Kernel:
 
 
 def _is_ours(t: object) -> bool:
-    return isinstance(t, Tensor) and t.dtype not in _BEYOND
+    return isinstance(t, Tensor) and t.dtype in _CASTABLE
 
 
 def _dot(below: _Below) -> _Kernel:
@@ -247,8 +247,7 @@ def _dot(below: _Below) -> _Kernel:
         if not region.plan.emulate_dots:
             args, kwargs = _cast_all(args, kwargs, emulator.lowered)
             return below.whole(args, kwargs)
-        first = args[0]
-        if isinstance(first, Tensor) and first.dtype not in _CASTABLE:
+        if not _is_ours(args[0]):
             return below.whole(args, kwargs)
 
         def carried() -> Tensor:
