@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "numpy", "rich", "typer", "scipy", "plotly")
+HEAVY = ("torch", "torch._dynamo", "numpy", "rich", "typer", "scipy", "plotly")
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -44,6 +44,12 @@ def test_nothing_heavy_is_loaded(statement: str):
 
 def test_the_command_line_is_loaded_without_torch():
     assert not loaded_by("import halfstep.cli") & {"torch", "numpy"}
+
+
+def test_the_arithmetic_is_loaded_without_torchs_compiler():
+    assert "torch._dynamo" not in loaded_by(
+        "import halfstep.ops; halfstep.matmul, halfstep.round_to"
+    )
 
 
 def test_import_takes_less_than_a_tenth_of_a_second():

@@ -12,7 +12,8 @@ from halfstep.ops.convolution import (
     conv_transpose3d,
 )
 from halfstep.ops.counting import count_nonfinite, unscale
-from halfstep.ops.matmul import matmul, multiply
+from halfstep.ops.matmul import matmul
+from halfstep.ops.products import multiply
 from halfstep.ops.random_bits import Key, draw_key, random_bits
 from halfstep.ops.rounding import round_to
 from halfstep.ops.sparsity import prune_2_4

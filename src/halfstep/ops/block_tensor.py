@@ -18,7 +18,7 @@ from halfstep.format import BlockFormat
 from halfstep.ops.backends import Backend, choose
 from halfstep.ops.bit_packing import packed_length, stored_as
 from halfstep.ops.block_reference import Parts, scales_shape
-from halfstep.ops.custom import outside_graphs
+from halfstep.ops.custom import block_format_text, choice_text, is_traced, operator, value_of
 from halfstep.ops.rounding import CARRIERS
 
 __all__ = ["BlockTensor"]
@@ -60,8 +60,12 @@ class BlockTensor:
     """That of the tensor it was made of, and of ``dequantize()``."""
     _edge: Tensor = field(default_factory=lambda: torch.empty(0))
     """Where the gradient of ``dequantize()`` goes; one number of memory."""
+    _text: str = ""
+    """What stands for the format in the graph that made this, if one did."""
 
     def __post_init__(self) -> None:
+        if is_traced():  # made by a node of the graph, which fits
+            return
         length = max(len(self.shape), 1)
         if self.dtype not in CARRIERS or not 0 <= self.dim < length:
             raise OperandError(
@@ -113,7 +117,6 @@ class BlockTensor:
         """How many numbers it stands for."""
         return self.shape.numel()
 
-    @outside_graphs
     def dequantize(
         self,
         dtype: torch.dtype | None = None,
@@ -142,22 +145,21 @@ class BlockTensor:
                 raise OperandError(
                     f"dequantize: dtype {dtype}; allowed: float32, float64, float16, bfloat16"
                 )
-            out = torch.empty(self.shape, dtype=dtype, device=self.device)
         else:
             _check_out(out, self.shape, self.device, dtype)
             if wants_grad:
                 raise OperandError("dequantize: out= cannot be differentiated; leave it away")
+        stored = (self.values, self.scales, self.tensor_scale)
+        if is_traced():
+            text = self._text or block_format_text(self.format)
+            rest = (self.shape, self.dim, text, choice_text(backend))
+            edge = self._edge if wants_grad else None
+            number = _node(*stored, edge, *rest, dtype if out is None else out.dtype)
+            return number if out is None else out.copy_(number)
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
         with torch.no_grad():
-            target = out.view(self.storage_shape) if not self.shape else out
-            choice = choose(
-                "dequantize_blocks",
-                self.device,
-                Backend.parse(backend),
-                asked=self.format.element,
-                tensors=(self.values, out),
-            )
-            parts = Parts(values=self.values, scales=self.scales, tensor_scale=self.tensor_scale)
-            choice.function(target, parts, self.format, self.dim)
+            _dequantize_into(out, *stored, self.dim, self.format, Backend.parse(backend))
         return _Join.apply(self._edge, out) if wants_grad else out  # pyright: ignore[reportReturnType]
 
     def detach(self) -> BlockTensor:
@@ -214,7 +216,7 @@ class BlockTensor:
         missing = [f"{prefix}{name}" for name in names if f"{prefix}{name}" not in tensors]
         if missing:
             raise OperandError(f"BlockTensor: tensors missing: {', '.join(missing)}")
-        parts = {name: tensors[f"{prefix}{name}"] for name in names}
+        parts: dict[str, Any] = {name: tensors[f"{prefix}{name}"] for name in names}
         parts.setdefault("tensor_scale", torch.ones((), device=parts["values"].device))
         return cls(
             **parts,
@@ -242,6 +244,69 @@ class BlockTensor:
         except SafetensorError as error:
             raise OperandError(f"BlockTensor: {path} is no safetensors file: {error}") from None
         return cls.from_state(tensors, metadata)
+
+
+def _dequantize_into(
+    out: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor,
+    dim: int,
+    format: BlockFormat,
+    backend: Backend,
+) -> None:
+    target = out if out.dim() else out.view(1)
+    element = format.element
+    choice = choose("dequantize_blocks", out.device, backend, asked=element, tensors=(values, out))
+    parts = Parts(values=values, scales=scales, tensor_scale=tensor_scale)
+    choice.function(target, parts, format, dim)
+
+
+# In a graph; halfstep.ops.custom says how.
+
+
+def _eager(
+    values: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor,
+    edge: Tensor | None,
+    shape: list[int],
+    dim: int,
+    format: str,
+    backend: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = torch.empty(shape, dtype=dtype, device=values.device)
+    it = value_of(format, BlockFormat.parse)
+    _dequantize_into(out, values, scales, tensor_scale, dim, it, Backend.parse(backend))
+    return out
+
+
+def _fake(
+    values: Tensor, scales: Tensor, tensor_scale: Tensor, edge: Any, shape: list[int], *rest: Any
+) -> Tensor:
+    return values.new_empty(shape, dtype=rest[-1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    edge = inputs[3]
+    ctx.dtype = None if edge is None else edge.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    to_edge = None if ctx.dtype is None else grad.to(ctx.dtype)
+    return None, None, None, to_edge, None, None, None, None, None
+
+
+_node = operator(
+    "dequantize_blocks",
+    "(Tensor values, Tensor scales, Tensor tensor_scale, Tensor? edge, SymInt[] shape, int dim, "
+    "str format, str backend, ScalarType dtype) -> Tensor",
+    _eager,
+    fake=_fake,
+    backward=_backward,
+    setup=_save,
+)
 
 
 class _Join(torch.autograd.Function):

@@ -11,15 +11,25 @@ from torch.autograd import forward_ad
 from halfstep.errors import OperandError
 from halfstep.format import BlockFormat, Kind, Rounding
 from halfstep.ops.backends import Backend, choose
+from halfstep.ops.bit_packing import packed_length, stored_as
+from halfstep.ops.block_reference import Parts, scales_shape
 from halfstep.ops.block_tensor import BlockTensor
 from halfstep.ops.carriers import CARRIERS
-from halfstep.ops.custom import outside_graphs
+from halfstep.ops.custom import (
+    block_format_text,
+    choice_text,
+    constant,
+    is_traced,
+    operator,
+    seed_for,
+    straight_through,
+    value_of,
+)
 from halfstep.ops.random_bits import Key, draw_key
 
 __all__ = ["quantize_blocks", "round_blocks"]
 
 
-@outside_graphs
 def quantize_blocks(
     x: Tensor,
     format: BlockFormat | str,
@@ -67,18 +77,12 @@ def quantize_blocks(
 
     Source: OCP Microscaling Formats (MX) v1.0, sections 5 and 6.3; NVIDIA, arXiv 2509.25149.
     """
+    if is_traced():
+        return _traced_quantize(x, format, dim, rounding, generator, backend)
     format, dim, rounding = _checked("quantize_blocks", x, format, dim, rounding)
     key = draw_key(generator) if rounding is Rounding.STOCHASTIC else Key()
     with torch.no_grad():
-        source = x if x.dim() else x.reshape(1)
-        choice = choose(
-            "quantize_blocks",
-            x.device,
-            Backend.parse(backend),
-            asked=format.element,
-            tensors=(source,),
-        )
-        parts = choice.function(source, format, dim, rounding, key)
+        parts = _parts(x, format, dim, rounding, key, Backend.parse(backend))
     wants_grad = torch.is_grad_enabled() and x.requires_grad
     return BlockTensor(
         values=parts.values,
@@ -92,7 +96,6 @@ def quantize_blocks(
     )
 
 
-@outside_graphs
 def round_blocks(
     x: Tensor,
     format: BlockFormat | str,
@@ -112,6 +115,8 @@ def round_blocks(
     >>> round_blocks(torch.tensor([0.1, -0.5, 3.0, 100.0]), "mxfp4")
     tensor([ 0., -0.,  0., 96.])
     """
+    if is_traced():
+        return _traced_round(x, format, dim, rounding, out, generator, backend)
     format, dim, rounding = _checked("round_blocks", x, format, dim, rounding)
     backend = Backend.parse(backend)
     wants_grad = (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0
@@ -158,6 +163,14 @@ class _Edge(torch.autograd.Function):
         return grads[0]
 
 
+def _parts(
+    x: Tensor, format: BlockFormat, dim: int, rounding: Rounding, key: Key, backend: Backend
+) -> Parts:
+    source = x if x.dim() else x.reshape(1)
+    choice = choose("quantize_blocks", x.device, backend, asked=format.element, tensors=(source,))
+    return choice.function(source, format, dim, rounding, key)
+
+
 def _rounded(x: Tensor, *arguments: Any) -> Tensor:
     out = torch.empty_like(x, requires_grad=False)
     _round_into(out, x, *arguments)
@@ -177,6 +190,140 @@ def _round_into(
         out, x = out.view(1), x.reshape(1)
     choice = choose("round_blocks", x.device, backend, asked=format.element, tensors=(x, out))
     choice.function(out, x, format, dim, rounding, key)
+
+
+# In a graph; halfstep.ops.custom says how.
+
+
+def _traced_quantize(
+    x: Tensor, format: Any, dim: int, rounding: Any, generator: Any, backend: Any
+) -> BlockTensor:
+    arguments = _node_arguments(format, dim, rounding, generator, backend)
+    values, scales, tensor_scale = _quantize_node(x.detach(), *arguments)
+    wants_grad = torch.is_grad_enabled() and x.requires_grad
+    return BlockTensor(
+        values=values,
+        scales=scales,
+        tensor_scale=tensor_scale,
+        format=_format_object(arguments[0]),
+        shape=x.shape,
+        dim=dim % max(x.dim(), 1),
+        dtype=x.dtype,
+        _edge=x if wants_grad else torch.empty(0),
+        _text=arguments[0],
+    )
+
+
+def _traced_round(
+    x: Tensor,
+    format: Any,
+    dim: int,
+    rounding: Any,
+    out: Tensor | None,
+    generator: Any,
+    backend: Any,
+) -> Tensor:
+    arguments = _node_arguments(format, dim, rounding, generator, backend)
+    if out is None:
+        return _round_node(x, *arguments)
+    _check_out(out, x, torch.is_grad_enabled() and x.requires_grad)
+    _writing_node(out, x, *arguments)
+    return out
+
+
+def _node_arguments(
+    format: Any, dim: int, rounding: Any, generator: Any, backend: Any
+) -> tuple[str, int, str, Tensor | None, str]:
+    rounding = choice_text(rounding)
+    seed = seed_for(generator) if rounding == Rounding.STOCHASTIC.value else None
+    return block_format_text(format), dim, rounding, seed, choice_text(backend)
+
+
+@constant
+def _format_object(text: str) -> BlockFormat:
+    return value_of(text, BlockFormat.parse)
+
+
+_Given = tuple[BlockFormat, int, Rounding, Key, Backend]
+
+
+def _meant(
+    op: str, x: Tensor, format: str, dim: int, rounding: str, seed: Tensor | None, backend: str
+) -> _Given:
+    """What the plain values of a node mean, checked."""
+    checked = _checked(op, x, value_of(format, BlockFormat.parse), dim, rounding)
+    return *checked, Key() if seed is None else Key.from_seed(int(seed)), Backend.parse(backend)
+
+
+def _eager_quantize(x: Tensor, *values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    parts = _parts(x, *_meant("quantize_blocks", x, *values))
+    return parts.values, parts.scales, parts.tensor_scale
+
+
+def _eager_round(x: Tensor, *values: Any) -> Tensor:
+    return _rounded(x, *_meant("round_blocks", x, *values))
+
+
+def _eager_into(out: Tensor, x: Tensor, *values: Any) -> None:
+    _round_into(out, x, *_meant("round_blocks", x, *values))
+
+
+def _fake_quantize(
+    x: Tensor, format: str, dim: int, rounding: str, _: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    given = _meant("quantize_blocks", x, format, dim, rounding, None, backend)
+    it, dim = given[:2]
+    shape = x.shape or torch.Size([1])
+    packed = list(shape)
+    if it.element.bits < 8:
+        packed[dim] = packed_length(shape[dim], it.element.bits)
+    return (
+        x.new_empty(packed, dtype=stored_as(it.element)),
+        x.new_empty(scales_shape(shape, it, dim), dtype=stored_as(it.scale)),
+        x.new_empty((), dtype=torch.float32),
+    )
+
+
+def _fake_round(
+    x: Tensor, format: str, dim: int, rounding: str, _: Tensor | None, backend: str
+) -> Tensor:
+    _meant("round_blocks", x, format, dim, rounding, None, backend)
+    return torch.empty_like(x)
+
+
+def _fake_into(
+    out: Tensor, x: Tensor, format: str, dim: int, rounding: str, _: Tensor | None, backend: str
+) -> None:
+    _meant("round_blocks", x, format, dim, rounding, None, backend)
+
+
+def _batched(info: Any, in_dims: Any, x: Tensor, *values: Any) -> tuple[Tensor, int]:
+    """Every example is rounded as it would be alone: a block, or a scale, is of one of them."""
+    return torch.stack([_round_node(example, *values) for example in x.unbind(in_dims[0])]), 0
+
+
+_SCHEMA = "str format, int dim, str rounding, Tensor? seed, str backend"
+_quantize_node = operator(
+    "quantize_blocks",
+    f"(Tensor x, {_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    _eager_quantize,
+    fake=_fake_quantize,
+)
+_round_node = operator(
+    "round_blocks",
+    f"(Tensor x, {_SCHEMA}) -> Tensor",
+    _eager_round,
+    fake=_fake_round,
+    backward=straight_through(6),
+    batched=_batched,
+)
+_writing_node = operator(
+    "round_blocks_into",
+    f"(Tensor(a!) out, Tensor x, {_SCHEMA}) -> ()",
+    _eager_into,
+    fake=_fake_into,
+    mutates=("out",),
+)
 
 
 def _checked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from typing import Any, Unpack
@@ -15,12 +16,18 @@ from halfstep.ops.arithmetic import (
     Arithmetic,
     Keywords,
     arithmetic_of,
+    arithmetic_text,
     check_operand,
+    check_steps,
     key_for,
+    key_of_node,
     next_key,
+    operands_of,
     rounded,
+    seed_of_node,
 )
-from halfstep.ops.custom import outside_graphs
+from halfstep.ops.custom import is_traced, operator
+from halfstep.ops.products import derives
 from halfstep.ops.random_bits import Key
 from halfstep.ops.windows import Form, Geometry, convolve
 
@@ -217,7 +224,6 @@ def conv_transpose3d(
     )  # fmt: skip
 
 
-@outside_graphs
 def _conv(
     dims: int,
     input: Tensor,
@@ -231,7 +237,7 @@ def _conv(
     keywords: Keywords,
 ) -> Tensor:
     op = f"conv{dims}d"
-    how = arithmetic_of(op, **keywords)
+    how = _arithmetic(op, keywords)
     _check(op, dims, input, weight, groups, channels=1)
     strides, dilations = (
         _numbers(op, "stride", stride, dims),
@@ -256,7 +262,6 @@ def _conv(
     return _convolved(op, Form.OUTPUT, input, weight, bias, geometry, how, generator)
 
 
-@outside_graphs
 def _transposed(
     dims: int,
     input: Tensor,
@@ -271,7 +276,7 @@ def _transposed(
     keywords: Keywords,
 ) -> Tensor:
     op = f"conv_transpose{dims}d"
-    how = arithmetic_of(op, **keywords)
+    how = _arithmetic(op, keywords)
     _check(op, dims, input, weight, groups, channels=0)
     strides, dilations = (
         _numbers(op, "stride", stride, dims),
@@ -308,7 +313,7 @@ def _convolved(
     weight: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
-    how: Arithmetic,
+    how: Arithmetic | str,
     generator: torch.Generator | None,
 ) -> Tensor:
     dims = len(geometry.size)
@@ -320,18 +325,41 @@ def _convolved(
                 f"{op}: bias is {tuple(bias.shape)} on {bias.device}; "
                 f"wanted: ({outputs},) on {input.device}"
             )
-    of_input, of_weight = how.operands
-    how = replace(how, operands=(of_weight, of_input))  # in the order of `Form.operands`
+    if isinstance(how, str):
+        of_weight, of_input, *_ = operands_of(how).splitlines()
+    else:
+        of_weight, of_input = how.operands
     x, w = rounded(input, of_input), rounded(weight, of_weight)
     batched = x if x.dim() == dims + 2 else x.unsqueeze(0)
-    places = len(batched) * prod(geometry.out)
+    places = batched.shape[0] * prod(geometry.out)
     steps = max(prod(weight.shape[1:]), weight[:, 0].numel(), places)
-    key = key_for(op, how, steps, generator)
-    out: Any = _Convolution.apply(w, batched, form, geometry, how, key)
+    if isinstance(how, str):
+        seed = seed_of_node(how, generator)
+        out: Any = _node(w, batched, form.value, geometry.numbers, how, seed, [])
+    else:
+        arguments = (w, batched, form, geometry, how, key_for(op, how, steps, generator))
+        out = _Convolution.apply(*arguments) if derives(w, batched) else _convolve(*arguments)
     if bias is not None:
         wide = bias.double() if out.dtype is torch.float64 else bias.float()
         out = out + wide.view(-1, *[1] * dims)
     return out if x.dim() == dims + 2 else out.squeeze(0)
+
+
+def _arithmetic(op: str, keywords: Keywords) -> Arithmetic | str:
+    """What the keywords mean, as text in a graph; operands in the order of `Form.operands`: weight first."""
+    operands: Any = keywords.get("operands", "fp16")
+    if isinstance(operands, tuple | list) and len(operands) == 2:
+        keywords = {**keywords, "operands": (operands[1], operands[0])}
+        if keywords.get("gradient") is None:
+            keywords["gradient"] = operands[0]
+    return arithmetic_text(op, None, keywords) if is_traced() else arithmetic_of(op, **keywords)
+
+
+def _convolve(
+    left: Tensor, right: Tensor, form: Form, geometry: Geometry, how: Arithmetic, key: Key
+) -> Tensor:
+    out = convolve(form, left, right, geometry, how.accumulator, key=key, backend=how.backend)
+    return out.double() if torch.float64 in (left.dtype, right.dtype) else out
 
 
 class _Convolution(Function):
@@ -349,31 +377,101 @@ class _Convolution(Function):
     ) -> Tensor:
         ctx.save_for_backward(left, right)
         ctx.form, ctx.geometry, ctx.how, ctx.key = form, geometry, how, key
-        out = convolve(form, left, right, geometry, how.accumulator, key=key, backend=how.backend)
-        return out.double() if torch.float64 in (left.dtype, right.dtype) else out
+        return _convolve(left, right, form, geometry, how, key)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        form: Form = ctx.form
-        how: Arithmetic = ctx.how
-        tensors = dict(zip(form.operands, ctx.saved_tensors, strict=True))
-        formats = dict(zip(form.operands, how.operands, strict=True))
-        tensors[form], formats[form] = rounded(grads[0], how.gradient), how.gradient
-        found: list[Tensor | None] = [None, None]
-        for number, wanted in enumerate(form.operands):
-            if ctx.needs_input_grad[number]:
-                left, right = wanted.operands
-                back = replace(how, forward=how.backward, operands=(formats[left], formats[right]))
-                grad: Any = _Convolution.apply(
-                    tensors[left],
-                    tensors[right],
-                    wanted,
-                    ctx.geometry,
-                    back,
-                    next_key(ctx.key, ~number),
-                )
-                found[number] = grad.to(tensors[wanted].dtype)
-        return (*found, None, None, None, None)
+        def again(left: Tensor, right: Tensor, wanted: Form, how: Arithmetic, turn: int) -> Any:
+            key = next_key(ctx.key, turn)
+            return _Convolution.apply(left, right, wanted, ctx.geometry, how, key)
+
+        return (*_gradients(ctx, grads[0], ctx.form, ctx.how, again), None, None, None, None)
+
+
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    form: Form,
+    how: Arithmetic,
+    again: Callable[[Tensor, Tensor, Form, Arithmetic, int], Tensor],
+) -> list[Tensor | None]:
+    """Those of left and right; ``again`` is a convolution with random bits of the turn's own."""
+    tensors = dict(zip(form.operands, ctx.saved_tensors[:2], strict=True))
+    formats = dict(zip(form.operands, how.operands, strict=True))
+    tensors[form], formats[form] = rounded(grad, how.gradient), how.gradient
+    found: list[Tensor | None] = [None, None]
+    for number, wanted in enumerate(form.operands):
+        if ctx.needs_input_grad[number]:
+            left, right = wanted.operands
+            back = replace(how, forward=how.backward, operands=(formats[left], formats[right]))
+            to_it = again(tensors[left], tensors[right], wanted, back, ~number)
+            found[number] = to_it.to(tensors[wanted].dtype)
+    return found
+
+
+# In a graph; halfstep.ops.custom says how.
+
+
+def _eager(
+    left: Tensor,
+    right: Tensor,
+    form: str,
+    geometry: list[int],
+    how: str,
+    seed: Tensor | None,
+    turns: list[int],
+) -> Tensor:
+    key = key_of_node(seed, turns)
+    return _convolve(left, right, Form(form), Geometry.of(geometry), Arithmetic.of_text(how), key)
+
+
+def _fake(
+    left: Tensor,
+    right: Tensor,
+    form: str,
+    geometry: list[int],
+    how: str,
+    seed: Tensor | None,
+    turns: list[int],
+) -> Tensor:
+    it, groups = Geometry.of(geometry), geometry[-1]
+    if Form(form) is Form.OUTPUT:
+        steps, shape = prod(left.shape[1:]), (right.shape[0], left.shape[0], *it.out)
+    elif Form(form) is Form.INPUT:
+        steps, shape = left[:, 0].numel(), (right.shape[0], left.shape[1] * groups, *it.size)
+    else:
+        steps, shape = (
+            right.shape[0] * prod(it.out),
+            (right.shape[1], left.shape[1] // groups, *it.kernel),
+        )
+    check_steps("convolution", Arithmetic.of_text(how), steps)
+    wide = torch.float64 in (left.dtype, right.dtype)
+    return left.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    left, right, ctx.form, ctx.geometry, ctx.how, seed, ctx.turns = inputs
+    ctx.save_for_backward(left, right, seed)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def again(left: Tensor, right: Tensor, wanted: Form, how: Arithmetic, turn: int) -> Tensor:
+        seed, turns = ctx.saved_tensors[2], [*ctx.turns, turn]
+        return _node(left, right, wanted.value, ctx.geometry, how.text, seed, turns)
+
+    found = _gradients(ctx, grad, Form(ctx.form), Arithmetic.of_text(ctx.how), again)
+    return (*found, None, None, None, None, None)
+
+
+_node = operator(
+    "convolve",
+    "(Tensor left, Tensor right, str form, SymInt[] geometry, str how, Tensor? seed, int[] turns) "
+    "-> Tensor",
+    _eager,
+    fake=_fake,
+    backward=_backward,
+    setup=_save,
+)
 
 
 def _check(op: str, dims: int, x: Tensor, w: Tensor, groups: object, *, channels: int) -> None:

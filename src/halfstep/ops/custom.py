@@ -18,7 +18,9 @@ end in the same private function::
 The rules:
 
 - A node takes tensors and plain values: `str`, `int`, `float`, `bool`, lists of them. A format goes
-  as `format_text(format)`, an enum as its value; both are parsed again when the node runs.
+  as `format_text(format)`, an enum as its value, other frozen values as their text (`text_of`); all
+  are parsed again when the node runs. What makes a text of a caller's arguments is `constant`:
+  torch.compile runs it while it makes the graph, on real values, and looks not into it.
 - ``fake`` makes the result's shape and dtype from those of the arguments, and makes the same checks
   as the eager way, so that a wrong argument is an error when the graph is made.
 - ``_eager`` calls no public op: under a dispatch mode that would be a node again, without end.
@@ -38,18 +40,22 @@ Source: PyTorch, `torch.library`, Custom Python operators.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from halfstep.errors import OperandError, UnknownNameError
-from halfstep.format import Format
+from halfstep.errors import HalfstepError, OperandError
+from halfstep.format import BlockFormat, Format
 
 __all__ = [
+    "block_format_text",
     "choice_text",
+    "constant",
     "format_of",
     "format_text",
     "is_traced",
@@ -57,12 +63,16 @@ __all__ = [
     "outside_graphs",
     "seed_for",
     "straight_through",
+    "text_of",
+    "value_of",
 ]
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
+T_ = TypeVar("T_")
 
-# Formats that no name means, by the text that stands for them in the graphs of this process.
-_OWN: dict[str, Format] = {}
+# Values that no text means, by what stands for them in the graphs of this process.
+_OWN: dict[str, object] = {}
+_NO_NODE = "it is no node of graphs; leave fullgraph=True away"
 
 
 def is_traced() -> bool:
@@ -107,14 +117,35 @@ def straight_through(arguments: int) -> Callable[..., tuple[Tensor | None, ...]]
     return backward
 
 
-def outside_graphs(function: F_) -> F_:
+def constant(function: F_) -> F_:
+    """``function`` of plain values, whose result is a constant of the graphs in which it is called.
+
+    As `torch.compiler.assume_constant_result`, which takes torch's compiler in: over a second.
+    """
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
+def outside_graphs(function: F_, *, reason: str = _NO_NODE) -> F_:
     """``function``, run eagerly where `torch.compile` meets it: the graph ends before and goes on after.
 
-    For ops that are no node yet: traced, the addresses of tensors would become constants.
+    For what is no node: its result is no tensor, or traced, the addresses of tensors would become
+    constants. As `torch.compiler.disable`, without taking torch's compiler in before it is needed.
     """
-    return torch.compiler.disable(  # pyright: ignore[reportReturnType]
-        function, reason="it is no node of graphs yet; leave fullgraph=True away"
-    )
+
+    @cache
+    def disabled() -> Callable[..., Any]:
+        return torch.compiler.disable(function, reason=reason)
+
+    @wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        run = disabled() if "torch._dynamo" in sys.modules else function
+        return run(*args, **kwargs)
+
+    # what the compiler looks for
+    outside._torchdynamo_disable = True  # pyright: ignore[reportAttributeAccessIssue]
+    outside._torchdynamo_disable_msg = reason  # pyright: ignore[reportAttributeAccessIssue]
+    return outside  # pyright: ignore[reportReturnType]
 
 
 def choice_text(choice: object) -> str:
@@ -124,38 +155,58 @@ def choice_text(choice: object) -> str:
 
 def format_text(format: object) -> str:
     """What stands for a format in a graph; `format_of` is its inverse."""
-    return format if isinstance(format, str) else _text_of(format)
+    return format if isinstance(format, str) else _format_text(format)
 
 
-@torch.compiler.assume_constant_result
-def _text_of(format: object) -> str:
-    # Runs while the graph is made, on real values.
+@constant
+def _format_text(format: object) -> str:
     parsed = Format.parse(format)
-    try:
-        if Format.parse(parsed.name) == parsed:
-            return parsed.name
-    except UnknownNameError:
-        pass
-    text = next((text for text, own in _OWN.items() if own == parsed), "")
-    if not text:
-        text = f"{parsed.name}#{len(_OWN)}"
-        _OWN[text] = parsed
-    return text
+    return text_of(parsed, parsed.name, Format.parse)
 
 
 def format_of(text: str) -> Format:
-    """The format that `format_text` made this text of.
+    """The format that `format_text` made this text of. Raises as `value_of`."""
+    return value_of(text, Format.parse)
 
-    Raises `OperandError` for a format of another process that has no name.
+
+def block_format_text(format: object) -> str:
+    """What stands for a block format in a graph; `value_of` with its parser is the inverse."""
+    return format if isinstance(format, str) else _block_format_text(format)
+
+
+@constant
+def _block_format_text(format: object) -> str:
+    parsed = BlockFormat.parse(format)
+    return text_of(parsed, parsed.name, BlockFormat.parse)
+
+
+def text_of(value: object, text: str, parse: Callable[[str], object]) -> str:
+    """What stands for a frozen value in a graph: ``text`` if that is parsed to it, else one of its own."""
+    try:
+        if parse(text) == value:
+            return text
+    except HalfstepError:
+        pass
+    own = next((own for own, known in _OWN.items() if known == value), "")
+    if not own:
+        own = f"{text}#{len(_OWN)}"
+        _OWN[own] = value
+    return own
+
+
+def value_of(text: str, parse: Callable[[str], T_]) -> T_:
+    """The value that `text_of` made this text of.
+
+    Raises `OperandError` for one of another process that has no text.
     """
     if text in _OWN:
-        return _OWN[text]
+        return _OWN[text]  # pyright: ignore[reportReturnType]
     if "#" in text:
         raise OperandError(
-            f"format {text.partition('#')[0]!r} was given as an object to the process that made "
-            "this graph and has no name; graphs for other processes need formats that have one"
+            f"{text.rpartition('#')[0]!r} was given as an object to the process that made this graph "
+            "and has a format without a name; graphs for other processes need formats that have one"
         )
-    return Format.parse(text)
+    return parse(text)
 
 
 def _draw_seed(call: int, *, device: torch.device) -> Tensor:
@@ -172,7 +223,7 @@ _seed = operator(
 _calls = itertools.count()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _next_call() -> int:
     # torch's elimination of common subexpressions knows its own random ops by name, and no tag:
     # two draws of one graph must differ in an argument.
@@ -186,11 +237,14 @@ def seed_for(generator: torch.Generator | None) -> Tensor:
     return _seed(_next_call(), device=torch.device("cpu"))
 
 
-@torch.compiler.disable(
-    reason="torch.compile takes no torch.Generator; leave generator= away and seed torch's own "
-    "with torch.manual_seed"
-)
-def _seed_of(generator: torch.Generator) -> Tensor:
+def _draw_seed_of(generator: torch.Generator) -> Tensor:
     return torch.randint(
         2**63 - 1, (), dtype=torch.int64, device=generator.device, generator=generator
     )
+
+
+_seed_of = outside_graphs(
+    _draw_seed_of,
+    reason="torch.compile takes no torch.Generator; leave generator= away and seed torch's own "
+    "with torch.manual_seed",
+)

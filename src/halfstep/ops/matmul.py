@@ -1,41 +1,36 @@
-"""`matmul`: the public edge of dot products. Checks and gradient; back ends do the arithmetic."""
+"""`matmul`: the public edge of dot products. It checks; `halfstep.ops.products` has the gradient."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from halfstep.errors import OperandError
 from halfstep.format import Accumulator, Format, Order, Products, Rounding, Unit
 from halfstep.ops.arithmetic import (
     INTEGERS,
-    NO_KEY,
     Arithmetic,
     arithmetic_of,
+    arithmetic_text,
     carried,
     check_operand,
-    is_integer,
-    key_for,
-    next_key,
+    operands_of,
     rounded,
 )
-from halfstep.ops.backends import Backend, choose
-from halfstep.ops.custom import outside_graphs
-from halfstep.ops.integer_sums import result_dtype, takes_bytes
-from halfstep.ops.random_bits import Key
-from halfstep.ops.sparsity import Sparse, compressed, prune_2_4
+from halfstep.ops.backends import Backend
+from halfstep.ops.custom import is_traced
+from halfstep.ops.integer_sums import takes_bytes
+from halfstep.ops.products import product
+from halfstep.ops.sparsity import Sparse, prune_2_4
 
-__all__ = ["matmul", "multiply", "product"]
+if TYPE_CHECKING:
+    from halfstep.ops.arithmetic import Keywords
 
-_GATHERED = 2**22  # numbers of the right operand that are gathered at once for a sparse left one
+__all__ = ["matmul"]
 
 
-@outside_graphs
 def matmul(
     a: Tensor,
     b: Tensor,
@@ -127,50 +122,59 @@ def matmul(
     floating point summation, SIAM J. Sci. Comput. 14(4), 1993; chunks: Wang et al., arXiv
     1812.08011, section 2.3; ``between``: DeepSeek-V3, arXiv 2412.19437, section 3.3.2.
     """
-    arithmetic = arithmetic_of(
-        "matmul",
-        operands=operands,
-        accumulate=accumulate,
-        order=order,
-        chunk=chunk,
-        between=between,
-        split=split,
-        rounding=rounding,
-        products=products,
-        compensated=compensated,
-        gradient=gradient,
-        grad_accumulate=grad_accumulate,
-        backend=backend,
-    )
-    arithmetic = replace(arithmetic, sparse=Sparse.parse(sparse))
-    left, right = arithmetic.operands
-    counts = _are_integers(a, b, arithmetic)
-    if (
-        counts
-        and initial is None
-        and arithmetic.is_plain
-        and takes_bytes(a, b, arithmetic.accumulator)
-    ):
+    keywords: Keywords = {
+        "operands": operands,
+        "accumulate": accumulate,
+        "order": order,
+        "chunk": chunk,
+        "between": between,
+        "split": split,
+        "rounding": rounding,
+        "products": products,
+        "compensated": compensated,
+        "gradient": gradient,
+        "grad_accumulate": grad_accumulate,
+        "backend": backend,
+    }
+    if is_traced():
+        return _product(a, b, initial, arithmetic_text("matmul", sparse, keywords), generator)
+    arithmetic = arithmetic_of("matmul", sparse=sparse, **keywords)
+    if _adds_bytes(a, b, initial, arithmetic):
         return torch.ops.aten._int_mm(a, b)
-    a, b = carried(a, left), carried(b, right)
+    return _product(a, b, initial, arithmetic, generator)
+
+
+def _product(
+    a: Tensor,
+    b: Tensor,
+    initial: Tensor | None,
+    how: Arithmetic | str,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """``how``: as text in a graph."""
+    if isinstance(how, str):
+        left, right, sparse, *integers = operands_of(how).splitlines()
+        integers = "".join(integers)
+    else:
+        (left, right), sparse, integers = how.operands, how.sparse.value, how.integers
+    counts = "+" in integers and _is_integer(a) and _is_integer(b)
+    a, b = carried(a, "a" in integers), carried(b, "b" in integers)
     for name, operand in (("a", a), ("b", b)):
         check_operand("matmul", name, operand, least=1)
-    a_rounded, b_rounded = rounded(a, left), rounded(b, right)
-    rows = a_rounded if a.dim() > 1 else a_rounded.unsqueeze(0)
-    columns = b_rounded if b.dim() > 1 else b_rounded.unsqueeze(1)
+    rows = a if a.dim() > 1 else a.unsqueeze(0)
+    columns = b if b.dim() > 1 else b.unsqueeze(1)
     shape = _shape_of(rows, columns, a, b)
-    if arithmetic.sparse is Sparse.A:
-        rows = prune_2_4(rows, -1)
-    elif arithmetic.sparse is Sparse.B:
-        columns = prune_2_4(columns, -2)
-    if initial is None:
-        start = torch.zeros((), dtype=torch.float32, device=a.device)
-    else:
-        initial = carried(initial, left)
+    if sparse == Sparse.A.value:
+        rows = prune_2_4(rounded(rows, left), -1)
+    elif sparse == Sparse.B.value:
+        columns = prune_2_4(rounded(columns, right), -2)
+    start = None
+    if initial is not None:
+        initial = carried(initial, "a" in integers)
         check_operand("matmul", "initial", initial, least=0)
         start = _inserted(initial, a.dim() == 1, b.dim() == 1)
         _check_broadcasts(start, shape, initial)
-    out = product(rows, columns, start, arithmetic, generator)
+    out = product(rows, columns, start, how, generator)
     if counts:
         out = out.to(torch.int32)
     if a.dim() == 1:
@@ -178,168 +182,20 @@ def matmul(
     return out.squeeze(-1) if b.dim() == 1 else out
 
 
-def product(
-    a: Tensor,
-    b: Tensor,
-    initial: Tensor,
-    arithmetic: Arithmetic,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """``a @ b + initial`` of operands that are rounded already; checks are the caller's.
-
-    ``a`` (..., M, K) and ``b`` (..., K, N) broadcast, ``initial`` broadcasts to the result.
-    """
-    key = key_for("matmul", arithmetic, a.shape[-1], generator)
-    return _Product.apply(a, b, initial, arithmetic, key)  # pyright: ignore[reportReturnType]
+def _is_integer(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype in INTEGERS
 
 
-class _Product(Function):
-    """One matrix product; its backward is two more, which can be differentiated in their turn."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, a: Tensor, b: Tensor, initial: Tensor, arithmetic: Arithmetic, key: Key
-    ) -> Tensor:
-        ctx.save_for_backward(a, b)
-        ctx.initial_shape, ctx.initial_dtype = initial.shape, initial.dtype
-        ctx.arithmetic, ctx.key = arithmetic, key
-        # rounded operands have at most 24 digits, and the exponents of a float32
-        function = {Sparse.NONE: multiply, Sparse.A: _sparse_rows, Sparse.B: _sparse_columns}
-        out = function[arithmetic.sparse](
-            a.to(torch.float32),
-            b.to(torch.float32),
-            arithmetic.accumulator,
-            initial=initial,
-            key=key,
-            backend=arithmetic.backend,
-        )
-        return out.double() if torch.float64 in (a.dtype, b.dtype) else out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        a, b = ctx.saved_tensors
-        (grad,) = grads
-        arithmetic = ctx.arithmetic
-        low = rounded(grad, arithmetic.gradient)
-        none = torch.zeros((), dtype=torch.float32, device=grad.device)
-        need_a, need_b, need_initial, *_ = ctx.needs_input_grad
-        to_a = to_b = to_initial = None
-        if need_a:
-            left, right = _folded(a.shape[:-2], low, b.mT)
-            key = next_key(ctx.key, 1)
-            to_a = _Product.apply(left, right, none, arithmetic.of_a, key).view(a.shape).to(a.dtype)
-        if need_b:
-            # transposed, so that it is the right operand's batch that folds into rows and columns
-            left, right = _folded(b.shape[:-2], low.mT, a)
-            key = next_key(ctx.key, 2)
-            product = _Product.apply(right.mT, left.mT, none, arithmetic.of_b, key)
-            to_b = product.view(b.shape).to(b.dtype)
-        if need_initial:
-            to_initial = grad.sum_to_size(ctx.initial_shape).to(ctx.initial_dtype)
-        return to_a, to_b, to_initial, None, None
-
-
-def _folded(kept: torch.Size, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """x (batch, I, J) and y (batch, J, L) with the batch dimensions that ``kept`` lacks moved into J.
-
-    One product of the two is then the sum over those dimensions, in order, last one fastest but J.
-    """
-    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-    x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
-    sizes = [1] * (len(batch) - len(kept)) + list(kept)
-    summed = [d for d, (size, all) in enumerate(zip(sizes, batch, strict=True)) if size != all]
-    if summed:
-        rest = [d for d in range(len(batch)) if d not in summed]
-        at = len(batch)
-        x = x.permute(*rest, at, *summed, at + 1).flatten(len(rest) + 1)
-        y = y.permute(*rest, *summed, at, at + 1).flatten(len(rest), -2)
-    return x, y
-
-
-@outside_graphs
-def multiply(
-    a: Tensor,
-    b: Tensor,
-    accumulator: Accumulator,
-    *,
-    initial: Tensor | None = None,
-    key: Key = NO_KEY,
-    backend: Backend = Backend.AUTO,
-) -> Tensor:
-    """``a @ b + initial`` of operands that are rounded already, without a graph.
-
-    The result is float32, or float64 where float32 does not hold the accumulator's numbers.
-
-    ``a`` (..., M, K) and ``b`` (..., K, N), float32, leading dimensions broadcast; ``initial``
-    broadcasts to the result, +0 if not given. Checks are the caller's; see `halfstep.matmul`.
-    """
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    a = a.detach().resolve_neg().expand(*batch, *a.shape[-2:])
-    b = b.detach().resolve_neg().expand(*batch, *b.shape[-2:])
-    shape = (*batch, a.shape[-2], b.shape[-1])
-    out = a.new_empty(shape, dtype=result_dtype(accumulator))
-    start = out.new_zeros(()) if initial is None else initial.detach()
-    choice = choose("matmul", a.device, backend, asked=accumulator, tensors=(a, b))
-    choice.function(out, a, b, start.expand(out.shape), accumulator, key)
-    return out
-
-
-def _sparse_rows(
-    a: Tensor,
-    b: Tensor,
-    accumulator: Accumulator,
-    *,
-    initial: Tensor,
-    key: Key,
-    backend: Backend,
-) -> Tensor:
-    """`multiply` of what is stored of a 2:4 sparse ``a``: each row by the rows of ``b`` that it meets."""
-    if accumulator.rounding is Rounding.STOCHASTIC:
-        raise OperandError("matmul: sparse with stochastic rounding; leave one of them away")
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    shape = (*batch, a.shape[-2], b.shape[-1])
-    a, b, start = (
-        x.detach().expand(*batch, *x.shape[-2:]).reshape(math.prod(batch), *x.shape[-2:])
-        for x in (a, b, initial.expand(shape))
+def _adds_bytes(a: Any, b: Any, initial: object, arithmetic: Arithmetic) -> bool:
+    """True if a library's product of bytes is the whole of it."""
+    return (
+        _is_integer(a)
+        and _is_integer(b)
+        and "+" in arithmetic.integers
+        and initial is None
+        and arithmetic.is_plain
+        and takes_bytes(a, b, arithmetic.accumulator)
     )
-    stored, places = compressed(a)
-    out = b.new_empty(start.shape, dtype=result_dtype(accumulator))
-    count = max(1, _GATHERED // max(1, stored.shape[-1] * b.shape[-1]))
-    for matrix in range(out.shape[0]):
-        for first in range(0, out.shape[1], count):
-            rows = slice(first, first + count)
-            out[matrix, rows] = multiply(
-                stored[matrix, rows, None],
-                b[matrix][places[matrix, rows]],
-                accumulator,
-                initial=start[matrix, rows, None],
-                key=key,
-                backend=backend,
-            )[:, 0]
-    return out.view(shape)
-
-
-def _sparse_columns(
-    a: Tensor,
-    b: Tensor,
-    accumulator: Accumulator,
-    *,
-    initial: Tensor,
-    key: Key,
-    backend: Backend,
-) -> Tensor:
-    """`multiply` of what is stored of a 2:4 sparse ``b``; a product does not mind the order of the two."""
-    shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
-    turned = accumulator.replace(operands=accumulator.operands[::-1])
-    start = initial.expand(shape).mT
-    return _sparse_rows(b.mT, a.mT, turned, initial=start, key=key, backend=backend).mT
-
-
-def _are_integers(a: object, b: object, arithmetic: Arithmetic) -> bool:
-    """True if the result is made of integers as the operands are."""
-    adder = arithmetic.forward.adder
-    integers = all(isinstance(x, Tensor) and x.dtype in INTEGERS for x in (a, b))
-    return integers and not isinstance(adder, Unit) and is_integer(adder)
 
 
 def _shape_of(rows: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> torch.Size:

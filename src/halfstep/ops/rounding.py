@@ -24,7 +24,7 @@ from halfstep.ops.custom import (
 )
 from halfstep.ops.random_bits import ALL_BITS, Key, draw_key
 
-__all__ = ["round_to"]
+__all__ = ["round_into", "round_to"]
 
 _NO_KEY = Key()
 
@@ -105,6 +105,11 @@ def round_to(
         return out
     arguments = (x, parsed, rounding, key, backend)
     return _StraightThrough.apply(*arguments) if wants_grad else _rounded(*arguments)
+
+
+def round_into(out: Tensor, x: Tensor, format: Format) -> None:
+    """Writes ``x``, rounded to nearest, to ``out``: no checks, no graph, no node of one."""
+    _round_into(out, x, format, Rounding.NEAREST, _NO_KEY, Backend.AUTO)
 
 
 def _with(

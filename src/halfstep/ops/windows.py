@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import product
+from itertools import chain, product
 from math import prod
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from halfstep.format import Accumulator, Format, Order, Rounding
 from halfstep.ops.arithmetic import NO_KEY, next_key
 from halfstep.ops.backends import Backend
-from halfstep.ops.matmul import multiply
+from halfstep.ops.products import plain_multiply
 from halfstep.ops.random_bits import Key
 
 __all__ = ["Form", "Geometry", "convolve"]
@@ -66,6 +66,24 @@ class Geometry:
     dilation: tuple[int, ...]
     groups: int
 
+    @property
+    def numbers(self) -> list[int]:
+        """All of them, in one list; `of` is its inverse."""
+        it = (self.size, self.kernel, self.out, self.stride, self.before, self.dilation)
+        return [*chain.from_iterable(it), self.groups]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Geometry:
+        """The geometry of these `numbers`."""
+        dims = len(numbers) // 6
+        size, kernel, out, stride, before, dilation = (
+            tuple(numbers[dims * i : dims * (i + 1)]) for i in range(6)
+        )
+        return cls(
+            size=size, kernel=kernel, out=out,
+            stride=stride, before=before, dilation=dilation, groups=numbers[-1],
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Multiply:
@@ -77,7 +95,9 @@ class _Multiply:
 
     def __call__(self, a: Tensor, b: Tensor, slab: int, initial: Tensor | None = None) -> Tensor:
         key = next_key(self.key, slab)
-        return multiply(a, b, self.accumulator, initial=initial, key=key, backend=self.backend)
+        return plain_multiply(
+            a, b, self.accumulator, initial=initial, key=key, backend=self.backend
+        )
 
     @property
     def goes_on(self) -> bool:
@@ -164,7 +184,8 @@ def _weight(x: Tensor, y: Tensor, geometry: Geometry, multiply: _Multiply) -> Te
                 into = out[group, channel, tap, output]
                 into.copy_(part.view(into.shape))
                 slab += 1
-    return out.permute(0, 3, 1, 2).reshape(groups * outputs, channels, *geometry.kernel)
+    out = out.permute(0, 3, 1, 2).reshape(groups * outputs, channels, *geometry.kernel)
+    return out.contiguous()
 
 
 def _starts(geometry: Geometry) -> list[tuple[int, ...]]:

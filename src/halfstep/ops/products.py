@@ -1,0 +1,294 @@
+"""Matrix products of operands that are rounded first: one node of graphs, its gradient two more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from halfstep.errors import OperandError
+from halfstep.format import Accumulator, Format, Rounding
+from halfstep.ops.arithmetic import (
+    NO_KEY,
+    Arithmetic,
+    check_steps,
+    key_for,
+    key_of_node,
+    next_key,
+    seed_of_node,
+)
+from halfstep.ops.backends import Backend, choose
+from halfstep.ops.custom import operator, outside_graphs
+from halfstep.ops.integer_sums import result_dtype
+from halfstep.ops.random_bits import Key
+from halfstep.ops.rounding import round_into
+from halfstep.ops.sparsity import Sparse, compressed
+
+__all__ = ["derives", "multiply", "on_grid", "plain_multiply", "product"]
+
+_GATHERED = 2**22  # numbers of the right operand that are gathered at once for a sparse left one
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    initial: Tensor | None,
+    how: Arithmetic | str,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``a @ b + initial``, the operands rounded; checks are the caller's. ``how`` is text in a graph.
+
+    ``a`` (..., M, K) and ``b`` (..., K, N) broadcast, ``initial`` broadcasts to the result; +0 if None.
+    """
+    if isinstance(how, str):
+        return _node(a, b, initial, how, seed_of_node(how, generator), [])
+    key = key_for("matmul", how, a.shape[-1], generator)
+    if not derives(a, b, *([] if initial is None else [initial])):
+        return _product(a, b, initial, how, key)
+    return _Product.apply(a, b, initial, how, key)  # pyright: ignore[reportReturnType]
+
+
+def derives(*tensors: Tensor) -> bool:
+    """True where a derivative by any of these may be asked for."""
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return wanted or forward_ad._current_level >= 0
+
+
+def _product(
+    a: Tensor, b: Tensor, initial: Tensor | None, arithmetic: Arithmetic, key: Key
+) -> Tensor:
+    left, right = arithmetic.operands
+    function = plain_multiply
+    if arithmetic.sparse is not Sparse.NONE:
+        function = _sparse_rows if arithmetic.sparse is Sparse.A else _sparse_columns
+    out = function(
+        on_grid(a, left),
+        on_grid(b, right),
+        arithmetic.accumulator,
+        initial=initial,
+        key=key,
+        backend=arithmetic.backend,
+    )
+    return out.double() if torch.float64 in (a.dtype, b.dtype) else out
+
+
+def on_grid(x: Tensor, format: Format) -> Tensor:
+    """``x`` rounded to the format, in float32, which holds it; no graph. Itself where it is on it."""
+    x = x.detach()
+    if x.dtype is torch.float32:
+        if format.name == "fp32":
+            return x
+    elif x.dtype is not torch.float64 and _holds_all(x.dtype, format):
+        return x.float()
+    out = torch.empty_like(x, dtype=torch.float32)
+    round_into(out, x, format)
+    return out
+
+
+_DTYPES = {torch.float16: Format.parse("fp16"), torch.bfloat16: Format.parse("bf16")}
+
+
+def _holds_all(dtype: torch.dtype, format: Format) -> bool:
+    """True if rounding to the format changes no number of the dtype."""
+    return format == _DTYPES[dtype] or format.name == "fp32"
+
+
+class _Product(Function):
+    """One matrix product; its backward is two more, which can be differentiated in their turn."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, initial: Tensor | None, arithmetic: Arithmetic, key: Key
+    ) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.initial = None if initial is None else (initial.shape, initial.dtype)
+        ctx.arithmetic, ctx.key = arithmetic, key
+        return _product(a, b, initial, arithmetic, key)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        def again(x: Tensor, y: Tensor, how: Arithmetic, turn: int) -> Any:
+            return _Product.apply(x, y, None, how, next_key(ctx.key, turn))
+
+        return (*_gradients(ctx, grads[0], ctx.arithmetic, again), None, None)
+
+
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    arithmetic: Arithmetic,
+    again: Callable[[Tensor, Tensor, Arithmetic, int], Tensor],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of a, b and initial; ``again`` is a product with random bits of the turn's own."""
+    a, b, *_ = ctx.saved_tensors
+    to_a = to_b = to_initial = None
+    if ctx.needs_input_grad[0]:
+        left, right = _folded(a.shape[:-2], grad, b.mT)
+        to_a = again(left, right, arithmetic.of_a, 1).view(a.shape).to(a.dtype)
+    if ctx.needs_input_grad[1]:
+        # transposed, so that it is the right operand's batch that folds into rows and columns
+        left, right = _folded(b.shape[:-2], grad.mT, a)
+        to_b = again(right.mT, left.mT, arithmetic.of_b, 2).view(b.shape).to(b.dtype)
+    if ctx.needs_input_grad[2]:
+        shape, dtype = ctx.initial
+        to_initial = grad.sum_to_size(shape).to(dtype)
+    return to_a, to_b, to_initial
+
+
+def _folded(kept: torch.Size, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x (batch, I, J) and y (batch, J, L) with the batch dimensions that ``kept`` lacks moved into J.
+
+    One product of the two is then the sum over those dimensions, in order, last one fastest but J.
+    """
+    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
+    sizes = [1] * (len(batch) - len(kept)) + list(kept)
+    summed = [d for d, (size, all) in enumerate(zip(sizes, batch, strict=True)) if size != all]
+    if summed:
+        rest = [d for d in range(len(batch)) if d not in summed]
+        at = len(batch)
+        x = x.permute(*rest, at, *summed, at + 1).flatten(len(rest) + 1)
+        y = y.permute(*rest, *summed, at, at + 1).flatten(len(rest), -2)
+    return x, y
+
+
+@outside_graphs
+def multiply(
+    a: Tensor,
+    b: Tensor,
+    accumulator: Accumulator,
+    *,
+    initial: Tensor | None = None,
+    key: Key = NO_KEY,
+    backend: Backend = Backend.AUTO,
+) -> Tensor:
+    """``a @ b + initial`` of operands that are rounded already, without a graph.
+
+    The result is float32, or float64 where float32 does not hold the accumulator's numbers.
+
+    ``a`` (..., M, K) and ``b`` (..., K, N), float32, leading dimensions broadcast; ``initial``
+    broadcasts to the result, +0 if not given. Checks are the caller's; see `halfstep.matmul`.
+    """
+    return plain_multiply(a, b, accumulator, initial=initial, key=key, backend=backend)
+
+
+def plain_multiply(
+    a: Tensor,
+    b: Tensor,
+    accumulator: Accumulator,
+    *,
+    initial: Tensor | None = None,
+    key: Key = NO_KEY,
+    backend: Backend = Backend.AUTO,
+) -> Tensor:
+    """`multiply` inside of a node."""
+    a, b = a.detach().resolve_neg(), b.detach().resolve_neg()
+    shape = (a.shape[0], b.shape[1])
+    if not a.dim() == b.dim() == 2:
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        a, b = a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])
+        shape = (*batch, a.shape[-2], b.shape[-1])
+    out = a.new_empty(shape, dtype=result_dtype(accumulator))
+    start = out.new_zeros(()) if initial is None else initial.detach()
+    choice = choose("matmul", a.device, backend, asked=accumulator, tensors=(a, b))
+    choice.function(out, a, b, start.expand(shape), accumulator, key)
+    return out
+
+
+def _sparse_rows(
+    a: Tensor,
+    b: Tensor,
+    accumulator: Accumulator,
+    *,
+    initial: Tensor | None,
+    key: Key,
+    backend: Backend,
+) -> Tensor:
+    """`multiply` of what is stored of a 2:4 sparse ``a``: each row by the rows of ``b`` that it meets."""
+    if accumulator.rounding is Rounding.STOCHASTIC:
+        raise OperandError("matmul: sparse with stochastic rounding; leave one of them away")
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    shape = (*batch, a.shape[-2], b.shape[-1])
+    start = (a.new_zeros(()) if initial is None else initial.detach()).expand(shape)
+    a, b, start = (
+        x.detach().expand(*batch, *x.shape[-2:]).reshape(math.prod(batch), *x.shape[-2:])
+        for x in (a, b, start)
+    )
+    stored, places = compressed(a)
+    out = b.new_empty(start.shape, dtype=result_dtype(accumulator))
+    count = max(1, _GATHERED // max(1, stored.shape[-1] * b.shape[-1]))
+    for matrix in range(out.shape[0]):
+        for first in range(0, out.shape[1], count):
+            rows = slice(first, first + count)
+            out[matrix, rows] = plain_multiply(
+                stored[matrix, rows, None],
+                b[matrix][places[matrix, rows]],
+                accumulator,
+                initial=start[matrix, rows, None],
+                key=key,
+                backend=backend,
+            )[:, 0]
+    return out.view(shape)
+
+
+def _sparse_columns(
+    a: Tensor,
+    b: Tensor,
+    accumulator: Accumulator,
+    *,
+    initial: Tensor | None,
+    key: Key,
+    backend: Backend,
+) -> Tensor:
+    """`multiply` of what is stored of a 2:4 sparse ``b``; a product does not mind the order of the two."""
+    shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    turned = accumulator.replace(operands=accumulator.operands[::-1])
+    start = None if initial is None else initial.detach().expand(shape).mT
+    return _sparse_rows(b.mT, a.mT, turned, initial=start, key=key, backend=backend).mT
+
+
+# In a graph; halfstep.ops.custom says how.
+
+
+def _eager(
+    a: Tensor, b: Tensor, initial: Tensor | None, how: str, seed: Tensor | None, turns: list[int]
+) -> Tensor:
+    return _product(a, b, initial, Arithmetic.of_text(how), key_of_node(seed, turns))
+
+
+def _fake(
+    a: Tensor, b: Tensor, initial: Tensor | None, how: str, seed: Tensor | None, turns: list[int]
+) -> Tensor:
+    arithmetic = Arithmetic.of_text(how)
+    check_steps("matmul", arithmetic, a.shape[-1])
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    wide = torch.float64 in (a.dtype, b.dtype)
+    dtype = torch.float64 if wide else result_dtype(arithmetic.accumulator)
+    return a.new_empty((*batch, a.shape[-2], b.shape[-1]), dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, initial, ctx.how, seed, ctx.turns = inputs
+    ctx.save_for_backward(a, b, seed)
+    ctx.initial = None if initial is None else (initial.shape, initial.dtype)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def again(x: Tensor, y: Tensor, how: Arithmetic, turn: int) -> Tensor:
+        return _node(x, y, None, how.text, ctx.saved_tensors[2], [*ctx.turns, turn])
+
+    return (*_gradients(ctx, grad, Arithmetic.of_text(ctx.how), again), None, None, None)
+
+
+_node = operator(
+    "matmul",
+    "(Tensor a, Tensor b, Tensor? initial, str how, Tensor? seed, int[] turns) -> Tensor",
+    _eager,
+    fake=_fake,
+    backward=_backward,
+    setup=_save,
+)
