@@ -1,15 +1,11 @@
-"""`conv1d` ... `conv_transpose3d`: the public edge of convolutions. Checks and gradient."""
+"""`conv1d` ... `conv_transpose3d`: the public edge of convolutions. `convolved` has the gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from math import prod
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from halfstep.errors import OperandError, UnknownNameError
 from halfstep.ops.arithmetic import (
@@ -18,18 +14,12 @@ from halfstep.ops.arithmetic import (
     arithmetic_of,
     arithmetic_text,
     check_operand,
-    check_steps,
-    key_for,
-    key_of_node,
-    next_key,
     operands_of,
     rounded,
-    seed_of_node,
 )
-from halfstep.ops.custom import is_traced, operator
-from halfstep.ops.products import derives
-from halfstep.ops.random_bits import Key
-from halfstep.ops.windows import Form, Geometry, convolve
+from halfstep.ops.convolved import convolved
+from halfstep.ops.custom import is_traced
+from halfstep.ops.windows import Form, Geometry
 
 __all__ = [
     "conv1d",
@@ -331,14 +321,7 @@ def _convolved(
         of_weight, of_input = how.operands
     x, w = rounded(input, of_input), rounded(weight, of_weight)
     batched = x if x.dim() == dims + 2 else x.unsqueeze(0)
-    places = batched.shape[0] * prod(geometry.out)
-    steps = max(prod(weight.shape[1:]), weight[:, 0].numel(), places)
-    if isinstance(how, str):
-        seed = seed_of_node(how, generator)
-        out: Any = _node(w, batched, form.value, geometry.numbers, how, seed, [])
-    else:
-        arguments = (w, batched, form, geometry, how, key_for(op, how, steps, generator))
-        out = _Convolution.apply(*arguments) if derives(w, batched) else _convolve(*arguments)
+    out = convolved(op, form, w, batched, geometry, how, generator)
     if bias is not None:
         wide = bias.double() if out.dtype is torch.float64 else bias.float()
         out = out + wide.view(-1, *[1] * dims)
@@ -353,125 +336,6 @@ def _arithmetic(op: str, keywords: Keywords) -> Arithmetic | str:
         if keywords.get("gradient") is None:
             keywords["gradient"] = operands[0]
     return arithmetic_text(op, None, keywords) if is_traced() else arithmetic_of(op, **keywords)
-
-
-def _convolve(
-    left: Tensor, right: Tensor, form: Form, geometry: Geometry, how: Arithmetic, key: Key
-) -> Tensor:
-    out = convolve(form, left, right, geometry, how.accumulator, key=key, backend=how.backend)
-    return out.double() if torch.float64 in (left.dtype, right.dtype) else out
-
-
-class _Convolution(Function):
-    """One of the three tensors from the other two; each derivative is another of the three."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        left: Tensor,
-        right: Tensor,
-        form: Form,
-        geometry: Geometry,
-        how: Arithmetic,
-        key: Key,
-    ) -> Tensor:
-        ctx.save_for_backward(left, right)
-        ctx.form, ctx.geometry, ctx.how, ctx.key = form, geometry, how, key
-        return _convolve(left, right, form, geometry, how, key)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        def again(left: Tensor, right: Tensor, wanted: Form, how: Arithmetic, turn: int) -> Any:
-            key = next_key(ctx.key, turn)
-            return _Convolution.apply(left, right, wanted, ctx.geometry, how, key)
-
-        return (*_gradients(ctx, grads[0], ctx.form, ctx.how, again), None, None, None, None)
-
-
-def _gradients(
-    ctx: Any,
-    grad: Tensor,
-    form: Form,
-    how: Arithmetic,
-    again: Callable[[Tensor, Tensor, Form, Arithmetic, int], Tensor],
-) -> list[Tensor | None]:
-    """Those of left and right; ``again`` is a convolution with random bits of the turn's own."""
-    tensors = dict(zip(form.operands, ctx.saved_tensors[:2], strict=True))
-    formats = dict(zip(form.operands, how.operands, strict=True))
-    tensors[form], formats[form] = rounded(grad, how.gradient), how.gradient
-    found: list[Tensor | None] = [None, None]
-    for number, wanted in enumerate(form.operands):
-        if ctx.needs_input_grad[number]:
-            left, right = wanted.operands
-            back = replace(how, forward=how.backward, operands=(formats[left], formats[right]))
-            to_it = again(tensors[left], tensors[right], wanted, back, ~number)
-            found[number] = to_it.to(tensors[wanted].dtype)
-    return found
-
-
-# In a graph; halfstep.ops.custom says how.
-
-
-def _eager(
-    left: Tensor,
-    right: Tensor,
-    form: str,
-    geometry: list[int],
-    how: str,
-    seed: Tensor | None,
-    turns: list[int],
-) -> Tensor:
-    key = key_of_node(seed, turns)
-    return _convolve(left, right, Form(form), Geometry.of(geometry), Arithmetic.of_text(how), key)
-
-
-def _fake(
-    left: Tensor,
-    right: Tensor,
-    form: str,
-    geometry: list[int],
-    how: str,
-    seed: Tensor | None,
-    turns: list[int],
-) -> Tensor:
-    it, groups = Geometry.of(geometry), geometry[-1]
-    if Form(form) is Form.OUTPUT:
-        steps, shape = prod(left.shape[1:]), (right.shape[0], left.shape[0], *it.out)
-    elif Form(form) is Form.INPUT:
-        steps, shape = left[:, 0].numel(), (right.shape[0], left.shape[1] * groups, *it.size)
-    else:
-        steps, shape = (
-            right.shape[0] * prod(it.out),
-            (right.shape[1], left.shape[1] // groups, *it.kernel),
-        )
-    check_steps("convolution", Arithmetic.of_text(how), steps)
-    wide = torch.float64 in (left.dtype, right.dtype)
-    return left.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    left, right, ctx.form, ctx.geometry, ctx.how, seed, ctx.turns = inputs
-    ctx.save_for_backward(left, right, seed)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    def again(left: Tensor, right: Tensor, wanted: Form, how: Arithmetic, turn: int) -> Tensor:
-        seed, turns = ctx.saved_tensors[2], [*ctx.turns, turn]
-        return _node(left, right, wanted.value, ctx.geometry, how.text, seed, turns)
-
-    found = _gradients(ctx, grad, Form(ctx.form), Arithmetic.of_text(ctx.how), again)
-    return (*found, None, None, None, None, None)
-
-
-_node = operator(
-    "convolve",
-    "(Tensor left, Tensor right, str form, SymInt[] geometry, str how, Tensor? seed, int[] turns) "
-    "-> Tensor",
-    _eager,
-    fake=_fake,
-    backward=_backward,
-    setup=_save,
-)
 
 
 def _check(op: str, dims: int, x: Tensor, w: Tensor, groups: object, *, channels: int) -> None:
