@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.switching.module_hooks import Forward
+from halfstep.switching.ranks import is_fully_sharded
 from halfstep.switching.region import LazyParameters, current, keeps_fp32
 
 __all__ = ["Runner", "Shape", "adopt", "release", "working_dtypes"]
@@ -86,6 +87,11 @@ def adopt(root: nn.Module, runner: Runner) -> list[nn.Module]:
         if not isinstance(state["_parameters"], LazyParameters):
             names = frozenset(n for n in state["_parameters"] if keeps_fp32(module, n))
             state["_parameters"] = LazyParameters(state["_parameters"], names)
+    for module in root.modules():
+        if is_fully_sharded(module):
+            for part in module.modules():
+                if isinstance(lazy := part.__dict__["_parameters"], LazyParameters):
+                    lazy.fully_sharded = True
     return new
 
 

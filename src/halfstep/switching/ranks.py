@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 __all__ = [
     "Ranks",
     "active_ddp",
+    "is_fully_sharded",
+    "is_part_of",
     "is_sharded",
     "local",
     "ranks_of",
@@ -130,6 +132,18 @@ def active_ddp() -> DistributedDataParallel | None:
 def _dtensor() -> Any:
     module = sys.modules.get("torch.distributed.tensor")  # not imported: there is no DTensor
     return getattr(module, "DTensor", None)
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """True for a module that fully_shard was called on."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", None)
+    return kind is not None and isinstance(module, kind)
+
+
+def is_part_of(optimizer: Any, outer: Any) -> bool:
+    """True for the optimizer that a ZeroRedundancyOptimizer runs on its part of the parameters."""
+    return hasattr(outer, "consolidate_state_dict") and getattr(outer, "optim", None) is optimizer
 
 
 def is_sharded(tensor: Tensor) -> bool:

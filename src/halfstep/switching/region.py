@@ -21,6 +21,7 @@ from halfstep.switching import fast_path
 from halfstep.switching.boundary import Gate, lower_many
 from halfstep.switching.emulated import Emulator
 from halfstep.switching.plan import Plan
+from halfstep.switching.ranks import is_sharded
 from halfstep.switching.roles import Roles
 
 __all__ = ["LazyParameters", "Region", "current", "keeps_fp32", "reopening"]
@@ -48,18 +49,20 @@ class LazyParameters(dict):
     ``state_dict()`` use, give masters. Copies and pickles are plain dicts: a copied model is unswitched.
     """
 
-    __slots__ = ("fp32", "writes")
+    __slots__ = ("fp32", "fully_sharded", "writes")
 
     def __init__(self, parameters: dict[str, Any], fp32: frozenset[str]) -> None:
         super().__init__(parameters)
         self.fp32 = fp32
+        self.fully_sharded = False
+        """Within fully_shard: what is sharded is for its own machinery; forward reads what it puts here."""
         self.writes = 0
         """How often a parameter was added, replaced or removed."""
 
     def __getitem__(self, key: str) -> Any:
         value = dict.__getitem__(self, key)
         region = getattr(_local, "region", None)
-        if region is None or value is None:
+        if region is None or value is None or (self.fully_sharded and is_sharded(value)):
             return value
         return region.lower(value, self, key)
 
@@ -67,7 +70,7 @@ class LazyParameters(dict):
         region = getattr(_local, "region", None)
         if region is not None and isinstance(value, Tensor):
             value = region.master_of(value)
-        if dict.get(self, key) is not value:
+        if dict.get(self, key) is not value and not (self.fully_sharded and key in self):
             self.writes += 1
         dict.__setitem__(self, key, value)
 
