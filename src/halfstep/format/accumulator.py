@@ -111,6 +111,10 @@ class Accumulator:
                 "accumulator: Kahan's summation is sequential; leave one of them away"
             )
 
+    def __hash__(self) -> int:
+        # of all fields it would cost microseconds at every cached call
+        return hash((self.adder.name, self.chunk, self.split, self.compensated))
+
     def _check_unit(self, unit: Unit) -> None:
         own = {
             "rounding": self.rounding is Rounding.NEAREST,

@@ -281,6 +281,9 @@ TABLE = (
 )
 
 
+_ROWS = {op: tuple(row for row in TABLE if row.op == op) for op in {row.op for row in TABLE}}
+
+
 def choose(
     op: str,
     device: torch.device,
@@ -295,8 +298,8 @@ def choose(
     if the back end that is asked for cannot do it.
     """
     refusals: list[str] = []
-    for row in TABLE:
-        if row.op != op or (backend is not Backend.AUTO and row.backend is not backend):
+    for row in _ROWS.get(op, ()):
+        if backend is not Backend.AUTO and row.backend is not backend:
             continue
         if row.device not in (device.type, "any"):
             refusals.append(f"{row.backend.value} runs on {row.device}, not {device.type}")

@@ -204,6 +204,8 @@ def _shape_of(rows: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> torch.Size
             f"matmul: a is {tuple(a.shape)} on {a.device} and b is {tuple(b.shape)} on {b.device}; "
             "wanted: (..., M, K) and (..., K, N) on one device"
         )
+    if rows.dim() == columns.dim() == 2:
+        return torch.Size((rows.shape[0], columns.shape[1]))
     try:
         batch = torch.broadcast_shapes(rows.shape[:-2], columns.shape[:-2])
     except RuntimeError:

@@ -172,20 +172,24 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
 
 def refuses_matmul(accumulator: Accumulator, tensors: Sequence[Tensor]) -> str:
     """Why the kernels cannot add like that; empty if they can."""
+    return MISSING or _refuses_sum(accumulator) or refuses_memory(tensors)
+
+
+@cache
+def _refuses_sum(accumulator: Accumulator) -> str:
     adder = accumulator.adder
     if isinstance(adder, Unit):
         return "units have kernels of their own"
     if accumulator.rounding is Rounding.TO_ODD:
         return "no native kernel adds to odd"
     for format in (adder, accumulator.between):
-        refusal = refuses_round(format, ())
         # the kernels write float32
         wide = format.kind is Kind.FIXED and format.bits > 25
         if wide or format.subnormals is Subnormals.FLUSH or format.overflow is Overflow.WRAP:
-            refusal = refusal or f"no native kernel adds in {format}"
-        if refusal:
+            return refuses_round(format, ()) or f"no native kernel adds in {format}"
+        if refusal := refuses_round(format, ()):
             return refusal
-    return refuses_round(adder, tensors)
+    return ""
 
 
 def matmul_into(
