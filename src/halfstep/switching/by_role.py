@@ -85,7 +85,11 @@ def _convolved(
         out: Any = _Convolved.apply(batched, weight, emulator, site, geometry)
     else:
         # One graph for all three products: blocks lie along the channels in each.
-        wide_x = rounded(batched, Role.ACTIVATION, _CHANNELS, site, emulator)
+        wide_x = _plane(
+            batched,
+            _CHANNELS,
+            lambda t: rounded(t, Role.ACTIVATION, _CHANNELS, site, emulator),
+        )
         wide_w = _rounded_weight(emulator, weight, _CHANNELS, site, graph=True)
         out = convolve(wide_x, wide_w, None, emulator.accumulate)
         out = emulator.gradient_rounded(out, _CHANNELS, site)
@@ -147,7 +151,7 @@ class _Convolved(Function):
         ctx.save_for_backward(x, w)
         ctx.emulator, ctx.site, ctx.geometry = emulator, site, geometry
         inputs = 0 if geometry[3] else 1
-        qx = emulator.rounded(x, Role.ACTIVATION, _CHANNELS, site)
+        qx = _plane(x, _CHANNELS, lambda t: emulator.rounded(t, Role.ACTIVATION, _CHANNELS, site))
         qw = _rounded_weight(emulator, w, inputs, site)
         return torch.ops.aten.convolution(qx, qw, None, *geometry)
 
@@ -161,8 +165,8 @@ class _Convolved(Function):
 
         def lowered(t: Tensor, role: Role, dim: int) -> Any:
             if again:
-                return rounded(t, role, dim, site, emulator)
-            return emulator.rounded(t, role, dim, site)
+                return _plane(t, dim, lambda t: rounded(t, role, dim, site, emulator))
+            return _plane(t, dim, lambda t: emulator.rounded(t, role, dim, site))
 
         def back(grad: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> Any:
             return torch.ops.aten.convolution_backward(grad, x, w, None, *geometry, mask)
@@ -201,10 +205,18 @@ def _rounded_weight(
     emulator: RoledEmulator, w: Tensor, dim: int, site: Site, *, graph: bool = False
 ) -> Any:
     """A convolution's weight (.., .., *kernel), tiles over its first two axes."""
-    positions = range(2, w.dim())
-    turned = w.permute(*positions, 0, 1)
-    if graph:
-        out: Any = rounded(turned, Role.WEIGHT, dim - 2, site, emulator)
+    if emulator.operands.ignores_axes:
+        turned = w
     else:
-        out = emulator.rounded(turned, Role.WEIGHT, dim - 2, site)
-    return out.permute(w.dim() - 2, w.dim() - 1, *range(w.dim() - 2))
+        turned = w.permute(*range(2, w.dim()), 0, 1).contiguous()
+        dim -= 2
+    if graph:
+        out: Any = rounded(turned, Role.WEIGHT, dim, site, emulator)
+    else:
+        out = emulator.rounded(turned, Role.WEIGHT, dim, site)
+    return out if turned is w else out.permute(w.dim() - 2, w.dim() - 1, *range(w.dim() - 2))
+
+
+def _plane(t: Tensor, dim: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """``change`` of an activation (N, C, *positions) whose axes after ``dim`` are one: tiles span them."""
+    return change(t.flatten(dim + 1)).view(t.shape)

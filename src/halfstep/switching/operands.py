@@ -126,17 +126,17 @@ class Operands:
         filled up with zeros. The transform is orthonormal: without rounding the product is the same; with
         it, outliers are spread over a tile (arXiv 2509.25149, section 4.2). Signs are fixed.
         """
+        return self._mixed(a.mT).mT, self._mixed(b)
+
+    def _mixed(self, t: Tensor) -> Tensor:
+        """The transform along the last but one axis, which is the fast one: one matrix a tile."""
         size = self.hadamard
-        h = _hadamard(size).to(a.device)
-        a, b = a.detach().float(), b.detach().float()
-        short = -a.size(-1) % size
+        t = t.detach().float()
+        short = -t.size(-2) % size
         if short:
-            a = torch.nn.functional.pad(a, (0, short))
-            b = torch.nn.functional.pad(b, (0, 0, 0, short))
-        tiles = a.size(-1) // size
-        a = (a.unflatten(-1, (tiles, size)) @ h.t()).flatten(-2)
-        b = (h @ b.unflatten(-2, (tiles, size))).flatten(-3, -2)
-        return a, b
+            t = torch.nn.functional.pad(t, (0, 0, 0, short))
+        h = _hadamard(size).to(t.device)
+        return (h @ t.unflatten(-2, (-1, size))).flatten(-3, -2)
 
 
 _SIGN_SEED = 2509_25149
