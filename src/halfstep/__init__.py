@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from halfstep.recipe import recipes as recipes
     from halfstep.switching import GradScaler as GradScaler
     from halfstep.switching import autocast as autocast
+    from halfstep.switching import emulate as emulate
     from halfstep.switching import switch as switch
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ _PUBLIC: dict[str, str] = {
     "GradScaler": "halfstep.switching",
     "Recipe": "halfstep.recipe",
     "autocast": "halfstep.switching",
+    "emulate": "halfstep.switching",
     "formats": "halfstep.format",
     "matmul": "halfstep.ops",
     "quantize_blocks": "halfstep.ops",

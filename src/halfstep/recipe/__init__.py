@@ -1,5 +1,6 @@
 """Where which number is used: recipes as frozen data, op policies, their catalogues and text forms."""
 
+from halfstep.recipe.below_autograd import WIDE_OUTPUTS, Traits, Treatment, treatment
 from halfstep.recipe.catalogue import recipes
 from halfstep.recipe.exceptions import Keep
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
@@ -8,12 +9,16 @@ from halfstep.recipe.policies import policies
 from halfstep.recipe.recipe import Recipe
 
 __all__ = [
+    "WIDE_OUTPUTS",
     "Keep",
     "LossScaling",
     "OpClass",
     "OpPolicy",
     "Recipe",
     "ScalingKind",
+    "Traits",
+    "Treatment",
     "policies",
     "recipes",
+    "treatment",
 ]

@@ -1,5 +1,6 @@
 """Put a recipe on a program: region, working copies, loss scale, optimizer side."""
 
+from halfstep.switching.emulation import Emulation, EmulationSummary, emulate
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.facades import GradScaler, autocast
 from halfstep.switching.loss_scale import LossScale, StepReason, StepReport
@@ -8,6 +9,8 @@ from halfstep.switching.reports import Handle, log_to, on_applied
 from halfstep.switching.switch import Switch, switch
 
 __all__ = [
+    "Emulation",
+    "EmulationSummary",
     "Executor",
     "Explanation",
     "GradScaler",
@@ -19,6 +22,7 @@ __all__ = [
     "StepReport",
     "Switch",
     "autocast",
+    "emulate",
     "log_to",
     "make_plan",
     "on_applied",

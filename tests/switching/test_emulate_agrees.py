@@ -1,0 +1,163 @@
+"""One policy, two executors: the same recipe by `halfstep.switch` and by `halfstep.emulate`.
+
+Forward and backward have the same rounding points. Where both add in the same order, results are equal bit
+for bit; the exceptions say why, and have the bound of their one difference.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import halfstep
+from against_fp32 import UNIT
+
+
+class Block(nn.Module):
+    """A transformer block; attention by hand, or by torch's function."""
+
+    def __init__(self, by_hand):
+        super().__init__()
+        d = 16
+        self.by_hand = by_hand
+        self.table, self.place = nn.Embedding(11, d), nn.Parameter(torch.randn(6, d) / 10)
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
+        self.head = nn.Linear(d, 4)
+
+    def forward(self, tokens):
+        x = self.table(tokens) + self.place
+        q, k, v = self.qkv(self.norm1(x)).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+        if self.by_hand:
+            hidden = torch.ones(6, 6).triu(1).bool()
+            scores = (q @ k.transpose(-1, -2)) / 8**0.5
+            y = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+        else:
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).reshape(x.shape))
+        return self.head(x + self.mlp(self.norm2(x))).mean(1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind, **kwargs):
+        super().__init__()
+        self.layers = kind(8, 12, batch_first=True, **kwargs)
+        self.head = nn.Linear(24 if kwargs.get("bidirectional") else 12, 4)
+
+    def forward(self, x):
+        return self.head(self.layers(x)[0][:, -1])
+
+
+def mlp():
+    return nn.Sequential(
+        nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)
+    )
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+SERIES = (8, 5, 8)
+PROGRAMS = {
+    "mlp": (mlp, lambda: torch.randn(8, 8)),
+    "cnn": (cnn, lambda: torch.randn(8, 3, 10, 10)),
+    "transformer": (lambda: Block(by_hand=True), lambda: torch.randint(0, 11, (8, 6))),
+    "attention": (lambda: Block(by_hand=False), lambda: torch.randint(0, 11, (8, 6))),
+    "lstm": (
+        lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True),
+        lambda: torch.randn(SERIES),
+    ),
+    "gru": (lambda: Recurrent(nn.GRU), lambda: torch.randn(SERIES)),
+    "rnn": (lambda: Recurrent(nn.RNN), lambda: torch.randn(SERIES)),
+}
+RECIPES = ["fp16", "bf16", "fp16-noscale", "fp16-acc16", "fp16-acc16-chunk64", "fp16-nomaster"]
+
+# Not equal bit for bit, with how many roundings of the store format the two may lie apart, and why.
+DIFFERENT = {
+    # The executors' BatchNorm kernels add in different orders: FP32 noise that flips single roundings.
+    "cnn": 8,
+    # The switch keeps the scores of fused attention in FP32; here its parts are rounded one by one.
+    "attention": 16,
+}
+# The switch runs bf16 layers in oneDNN's fused kernel, which has other rounding points of its own.
+DIFFERENT_IN_BF16 = {"lstm": 64, "gru": 64, "rnn": 64}
+
+
+def both(name, recipe, steps=2):
+    make, data = PROGRAMS[name]
+    torch.manual_seed(1)
+    switched, x = make(), data()
+    y = torch.randint(0, 4, (8,))
+    emulated = copy.deepcopy(switched)
+
+    def train(model, optimizer):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            out = model(x)
+            nn.functional.cross_entropy(out, y).backward()
+            optimizer.step()
+        return out.detach()
+
+    outs = []
+    optimizer = torch.optim.SGD(switched.parameters(), lr=0.1, momentum=0.9)
+    switch = halfstep.switch(switched, optimizer, recipe)
+    outs.append(train(switched, optimizer))
+    switch.off()
+    optimizer = torch.optim.SGD(emulated.parameters(), lr=0.1, momentum=0.9)
+    with halfstep.emulate(recipe) as emulation:
+        outs.append(train(emulated, optimizer))
+    assert emulation.unknown == ()
+    assert emulation.summary().skipped_steps == switch.skipped_steps == 0
+    assert emulation.loss_scale == switch.loss_scale
+    pairs = {"output": tuple(outs)}
+    for (key, a), b in zip(switched.named_parameters(), emulated.parameters(), strict=True):
+        assert a.dtype == b.dtype == b.grad.dtype == torch.float32
+        pairs[key], pairs[f"{key}.grad"] = (a, b), (a.grad, b.grad)
+    return pairs
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_two_steps_are_the_same(name, recipe):
+    roundings = DIFFERENT.get(name, 0)
+    if recipe == "bf16":
+        roundings = roundings or DIFFERENT_IN_BF16.get(name, 0)
+    for key, (a, b) in both(name, recipe).items():
+        if not roundings:
+            assert torch.equal(a, b), key
+            continue
+        bound = roundings * UNIT["bf16" if recipe == "bf16" else "fp16"]
+        assert (a - b).norm() <= bound * a.norm() + 1e-6, key
+
+
+def test_a_scale_is_of_no_account_but_where_gradients_are_small():
+    """Every gradient but the smallest is the same at any scale that is a power of two."""
+    scaled, plain = both("mlp", "fp16:initial=1024", 1), both("mlp", "fp16-noscale", 1)
+    for key, (_, b) in scaled.items():
+        large = b.abs() > 2.0**-10
+        assert large.any()
+        assert torch.allclose(b[large], plain[key][1][large], rtol=2.0**-9, atol=2.0**-20)
+
+
+def test_small_gradients_live_by_the_scale_alone():
+    model = nn.Linear(4, 4)
+    nn.init.ones_(model.weight)
+    x = torch.ones(2, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = {}
+    for recipe in ("fp16:initial=1024", "fp16-noscale", "bf16"):
+        optimizer.zero_grad()
+        with halfstep.emulate(recipe):
+            (model(x) * 1e-8).sum().backward()
+        found[recipe] = model.weight.grad.clone()
+    assert found["fp16-noscale"].count_nonzero() == 0  # below half of fp16's smallest, 2^-24
+    right = torch.full((4, 4), 2e-8)
+    assert torch.allclose(found["fp16:initial=1024"], right, rtol=2.0**-7)
+    assert torch.allclose(found["bf16"], right, rtol=2.0**-7)
