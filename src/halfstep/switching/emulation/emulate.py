@@ -26,14 +26,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from halfstep.errors import SwitchError
 from halfstep.format import BlockFormat
 from halfstep.recipe import Recipe, ScalingKind, Treatment
-from halfstep.recipe.exceptions import NOTHING_KEPT
 from halfstep.switching import engine
 from halfstep.switching.boundary import enter, leave
 from halfstep.switching.emulated import Emulator
 from halfstep.switching.emulation import surroundings
+from halfstep.switching.emulation.allowed import check, explain
 from halfstep.switching.emulation.mode import EmulationMode
 from halfstep.switching.emulation.numbers import ACTIVATION, CARRIERS, LOW, ROLES
 from halfstep.switching.emulation.summary import EmulationSummary
@@ -41,7 +40,6 @@ from halfstep.switching.explanation import Explanation
 from halfstep.switching.guard import Guard
 from halfstep.switching.ledger import Ledger
 from halfstep.switching.loss_scale import StepReport
-from halfstep.switching.plan import Executor, PlanRow
 from halfstep.switching.ranks import Ranks
 from halfstep.switching.recurrent import recurrent_layers
 from halfstep.switching.script_precision import ScriptPrecision
@@ -113,7 +111,7 @@ class Emulation(contextlib.ContextDecorator):
     """A recipe on a whole program: what was seen of it, and its loss scale."""
 
     def __init__(self, recipe: Recipe) -> None:
-        _check(recipe)
+        check(recipe)
         self.recipe = recipe
         accumulate = recipe.accumulate
         if not recipe.adds_in_fp32:
@@ -431,46 +429,7 @@ class Emulation(contextlib.ContextDecorator):
 
     def explain(self) -> Explanation:
         """A table: what is done with each class of operations in this recipe."""
-        recipe = self.recipe
-        store = recipe.store.name
-        wide = store if recipe.policy.store_all else "fp32"
-        native = "torch's own kernels, " if self._mode.numbers.dtype is not torch.float32 else ""
-        operands = "/".join(
-            dict.fromkeys(str(f) for f in (recipe.weight, recipe.activation, recipe.gradient))
-        )
-        writes = {
-            Treatment.DOT: (operands, str(recipe.accumulate), store),
-            Treatment.OWN: ("as given", "fp32", f"{store}, where all operands are"),
-            Treatment.MOVE: ("as given", "", "as given"),
-            Treatment.WIDE: ("as given", "fp32", wide),
-            Treatment.NORM: (store, "fp32", store),
-            Treatment.SUM: ("as given", "fp32", f"{store}, where all operands are"),
-            Treatment.RANDOM: ("", "fp32", store if recipe.policy.store_all else "fp32"),
-            Treatment.UNKNOWN: ("as given", "fp32", f"{store}, where all operands are"),
-        }
-        rows = [
-            PlanRow(
-                kind=kind.value,
-                executor=Executor.OFF if recipe.is_identity else Executor.EMULATED,
-                reads=reads,
-                accumulates=adds,
-                writes=written,
-                why=(native if kind is Treatment.OWN else "") + kind.why,
-            )
-            for kind, (reads, adds, written) in writes.items()
-        ]
-        state = recipe.optimizer.name
-        rows.append(
-            PlanRow(
-                kind="optimizer",
-                executor=Executor.NATIVE if self._exempt else Executor.EMULATED,
-                reads=recipe.master.name,
-                accumulates=state,
-                writes=recipe.master.name,
-                why="runs as it is" if self._exempt else "rounded as every other operation",
-            )
-        )
-        return Explanation(recipe=str(recipe), device="every device", rows=tuple(rows))
+        return explain(self.recipe, native=self._mode.numbers.dtype is not torch.float32)
 
     def _warn(self) -> None:
         new = [name for name in self.unknown if name not in self._named]
@@ -481,20 +440,6 @@ class Emulation(contextlib.ContextDecorator):
                 RuntimeWarning,
                 stacklevel=3,
             )
-
-
-def _check(recipe: Recipe) -> None:
-    """Raise `SwitchError` for what a recipe says about modules and products that have names."""
-    if recipe.keep != NOTHING_KEPT:
-        raise SwitchError(
-            f"recipe {recipe} keeps some modules as they are ({recipe.keep}); emulate sees operations and no "
-            f"modules: use halfstep.switch, or {recipe.name.partition(':')[0]}:keep=none"
-        )
-    if recipe.amax_history or recipe.hadamard:
-        raise SwitchError(
-            f"recipe {recipe} keeps histories or transforms operands layer by layer; emulate sees operations "
-            "and no layers: use halfstep.switch"
-        )
 
 
 def _is_running_step() -> bool:
