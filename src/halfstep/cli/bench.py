@@ -65,6 +65,31 @@ def bench_switch(
     _print_table("switch", measured, this_machine(device, Clock(clock)), save, as_json)
 
 
+@group.command("emulate")
+def bench_emulate(
+    device: Device = "cpu",
+    rounds: Rounds = 5,
+    clock: ClockName = "wall",
+    save: SaveTo = None,
+    as_json: AsJson = False,
+) -> None:
+    """Training steps of emulated recipes against the FP32 step of the same run.
+
+    Leaves with status 1 if a target is missed.
+
+    Example: halfstep bench emulate --rounds 3
+    """
+    import torch
+
+    from halfstep.study.benchmarks.emulate import rows
+    from halfstep.study.benchmarks.harness import Clock, this_machine
+
+    if clock == "cpu":
+        torch.set_num_threads(1)  # threads that wait for each other would count as work
+    measured = rows(device=device, rounds=rounds, clock=Clock(clock))
+    _print_table("emulate", measured, this_machine(device, Clock(clock)), save, as_json)
+
+
 @group.command("arithmetic")
 def bench_arithmetic(
     rounds: Rounds = 15,

@@ -18,7 +18,7 @@ import halfstep
 from halfstep.study.benchmarks.harness import Clock, Ratio, Row, Sense, Target, interleave, ratio
 from halfstep.study.benchmarks.models import WORKLOADS, Workload, small_layers
 
-__all__ = ["rows"]
+__all__ = ["FP32", "Step", "fp32_step", "rows", "switched_step"]
 
 FP32 = "fp32"
 AUTOCAST_BF16 = "autocast bf16"
@@ -151,11 +151,13 @@ def _plain(workload: Workload, optimizer: torch.optim.Optimizer) -> Step:
     return step
 
 
-def _fp32(workload: Workload) -> Step:
+def fp32_step(workload: Workload) -> Step:
+    """A training step in FP32."""
     return _plain(workload, _optimizer(workload.model))
 
 
-def _switched(workload: Workload, *, recipe: str) -> Step:
+def switched_step(workload: Workload, *, recipe: str) -> Step:
+    """A training step of the switched model."""
     optimizer = _optimizer(workload.model)
     halfstep.switch(workload.model, optimizer, recipe=recipe)
     return _plain(workload, optimizer)
@@ -179,9 +181,9 @@ def _autocast(workload: Workload, *, dtype: torch.dtype) -> Step:
 
 
 _CONTESTANTS: dict[str, Callable[[Workload], Step]] = {
-    FP32: _fp32,
+    FP32: fp32_step,
     AUTOCAST_BF16: partial(_autocast, dtype=torch.bfloat16),
     AUTOCAST_FP16: partial(_autocast, dtype=torch.float16),
-    SWITCH_BF16: partial(_switched, recipe="bf16"),
-    SWITCH_FP16: partial(_switched, recipe="fp16"),
+    SWITCH_BF16: partial(switched_step, recipe="bf16"),
+    SWITCH_FP16: partial(switched_step, recipe="fp16"),
 }
