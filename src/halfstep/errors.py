@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "CheckpointError",
@@ -73,7 +74,14 @@ class ScaledGradientError(SwitchError):
 
 
 class NonFiniteError(HalfstepError, FloatingPointError):
-    """Gradients or loss are not finite, and lowering the loss scale cannot mend it."""
+    """Gradients or loss are not finite, and lowering the loss scale cannot mend it.
+
+    ``finding`` is a ``halfstep.switching.Finding`` where the step was run again to find the cause; else "".
+    """
+
+    def __init__(self, message: str, finding: object = "") -> None:
+        self.finding: Any = finding
+        super().__init__(message)
 
 
 class CheckpointError(HalfstepError, RuntimeError):

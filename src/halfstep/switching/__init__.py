@@ -3,6 +3,7 @@
 from halfstep.switching.emulation import Emulation, EmulationSummary, emulate
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.facades import GradScaler, autocast
+from halfstep.switching.inspection import Finding
 from halfstep.switching.loss_scale import LossScale, StepReason, StepReport
 from halfstep.switching.plan import Executor, Plan, PlanRow, make_plan
 from halfstep.switching.reports import Handle, log_to, on_applied
@@ -13,6 +14,7 @@ __all__ = [
     "EmulationSummary",
     "Executor",
     "Explanation",
+    "Finding",
     "GradScaler",
     "Handle",
     "LossScale",

@@ -233,10 +233,13 @@ class Guard:
             if nonfinite and all(ledger.exhausted() for ledger in ledgers):
                 scale = max(ledger.gate.scale for ledger in ledgers)
                 raise NonFiniteError(not_finite_at_floor(_by_name(self._owners, nonfinite), scale))
-        except NonFiniteError:
+            if nonfinite and not ranks:
+                for ledger in ledgers:
+                    ledger.check_cause()
+        except NonFiniteError as error:
             for ledger in ledgers:
                 ledger.abandon()
-            raise
+            raise ledgers[0].explained(error) from None
         return nonfinite
 
     def _of_all(self, ranks: Ranks, mine: list[tuple[_Held, int]]) -> list[tuple[_Held, int]]:

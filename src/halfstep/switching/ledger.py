@@ -15,6 +15,7 @@ from halfstep.errors import NonFiniteError
 from halfstep.recipe import LossScaling
 from halfstep.switching import engine
 from halfstep.switching.boundary import Gate
+from halfstep.switching.inspection import Finding
 from halfstep.switching.loss_scale import LossScale, StepReason, StepReport
 from halfstep.switching.reports import Reports
 
@@ -22,6 +23,7 @@ __all__ = ["Ledger", "not_finite_at_floor"]
 
 _BACKWARDS_KEPT = 1024
 _LOSSES_KEPT = 64
+_SUSPICIOUS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,9 @@ class Ledger:
         self.gate.on_backward = self.note_backward
         self.scaled = scaled
         self.reports = Reports()
+        self.locate: Callable[[], Finding] = Finding.none
+        """Runs the failing step again to say where it failed: a tap."""
+        self._overflows = 0
         self.steps = 0
         self.skipped_steps = 0
         self._loss_scale = self._before = LossScale.start(rule, limit)
@@ -112,6 +117,7 @@ class Ledger:
         """Note what became of a step, and move the scale; ``largest`` as in `LossScale.after`."""
         self.steps += 1
         self.skipped_steps += not applied
+        self._overflows = 0 if applied else self._overflows + 1
         self._report = StepReport(
             applied=applied,
             reason=reason,
@@ -124,6 +130,28 @@ class Ledger:
             ledger._pending.append((applied, largest))
         self.settle_scale()
         self.reports.send(self._report)
+
+    def check_cause(self) -> None:
+        """Raise `NonFiniteError` where overflows go on and, run again, are none of the scale's doing.
+
+        Looked at each 4th in a row: while a scale is being found, a few are expected.
+        """
+        if (self._overflows + 1) % _SUSPICIOUS:
+            return
+        finding = self.locate()
+        if finding.phase in ("weights", "data", "forward", "loss"):
+            raise NonFiniteError(
+                f"gradients are not finite for {_SUSPICIOUS} steps, and the loss scale is not to blame: "
+                f"{finding}. The step was not applied",
+                finding,
+            )
+
+    def explained(self, error: NonFiniteError) -> NonFiniteError:
+        """``error`` and where it comes from, found by running the step again."""
+        if error.finding:
+            return error
+        finding = self.locate()
+        return NonFiniteError(f"{error}. {finding}" if str(finding) else str(error), finding)
 
     def abandon(self) -> None:
         """A step was refused with an error: what is noted from now on is about new backwards."""
@@ -151,10 +179,10 @@ class Ledger:
                 _check_losses(step.losses)
                 if nonfinite and self.exhausted():
                     raise NonFiniteError(not_finite_at_floor(nonfinite, self.gate.scale))
-            except NonFiniteError:
+            except NonFiniteError as error:
                 self._deferred.clear()
                 self.abandon()
-                raise
+                raise self.explained(error) from None
             reason = StepReason.OVERFLOW if nonfinite else StepReason.FINITE
             self.report(not nonfinite, reason, nonfinite, max(norms))
         self.settle_scale()

@@ -32,6 +32,7 @@ from halfstep.switching.checkpoints import Checkpointed
 from halfstep.switching.communication import compress
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.guard import Guard
+from halfstep.switching.inspection import Finding
 from halfstep.switching.ledger import Ledger
 from halfstep.switching.loss_scale import StepReport
 from halfstep.switching.module_hooks import call_leaving, has_hooks_after_forward
@@ -40,6 +41,7 @@ from halfstep.switching.plain import become_half
 from halfstep.switching.plan import Plan, make_plan
 from halfstep.switching.ranks import Ranks, active_ddp, is_part_of, ranks_of
 from halfstep.switching.region import SMALL, Buckets, Region, check_unwritten, current
+from halfstep.switching.replay import Recorder, locate
 from halfstep.switching.reports import Handle, pace
 from halfstep.switching.roles import Roles
 from halfstep.switching.state import State, read_state, write_state
@@ -110,6 +112,9 @@ class Switch(Checkpointed):
         self._scaled = recipe.loss_scaling.kind is not ScalingKind.NONE and bool(optimizers)
         self.ledger = Ledger(recipe.loss_scaling, self._scaled, recipe.largest_gradient)
         self._gate = self.ledger.gate
+        self.recorder = Recorder()
+        """What the forwards of this step were given, should it have to be run again."""
+        self.ledger.locate = functools.partial(_locate, weakref.ref(self))
         self._inside = Intervals()
         self._schedules: dict[int, Schedule] = {}
         self._shapes: dict[int, Shape] = {}
@@ -208,6 +213,7 @@ class Switch(Checkpointed):
         for guard in self._guards:
             guard.leave(self)
         self.ledger.close()
+        self.recorder.clear()
         for module in self._adopted:
             release(module, self)
         self._adopted.clear()
@@ -305,6 +311,9 @@ class Switch(Checkpointed):
         region = Region(self.plan, self._gate, self._scaled, self._buckets, audit, self.roles)
         if torch.is_grad_enabled():
             self.roles.begin_step()
+        noted = None
+        if self._guards and self.guarded and torch.is_grad_enabled():
+            noted = self.recorder.note(module, call, args, kwargs, self.ledger.steps)
         args, kwargs = map_tensors((args, kwargs), self._enter)
         with contextlib.ExitStack() as opened:
             opened.callback(region.clear)
@@ -321,7 +330,10 @@ class Switch(Checkpointed):
                         schedule.restart()
                     if schedule.due(_shape(region, out)):
                         audit(out, region, ())
-                return map_tensors(out, lambda t: self._leave(t, region))
+                left = map_tensors(out, lambda t: self._leave(t, region))
+                if noted is not None:
+                    self.recorder.await_gradients(noted, left)
+                return left
 
             if has_hooks_after_forward(module):
                 return call_leaving(module, lambda: call(*args, **kwargs), leave)
@@ -453,6 +465,11 @@ def _shape(region: Region, out: Any) -> object:
 
 def _has_graph(value: Any) -> bool:
     return any(t.grad_fn is not None for t in tensors_in(value))
+
+
+def _locate(of: weakref.ref[Switch]) -> Finding:
+    switch = of()
+    return Finding.none() if switch is None else locate(switch)
 
 
 def _nothing() -> None:

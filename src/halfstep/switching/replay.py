@@ -1,0 +1,267 @@
+"""A failing step run once more, looked at operation by operation: where something stopped being a number.
+
+While all is well only references are kept: what each forward of a step was given, and the gradients that came
+back to its outputs, with the state of the random numbers. `locate` runs them again when a step has failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from halfstep.recipe import Recipe
+from halfstep.switching import overrides
+from halfstep.switching.boundary import Gate, leave
+from halfstep.switching.inspection import Finding, Inspection, first_bad_row, is_finite
+from halfstep.switching.plan import Plan, make_plan
+from halfstep.switching.region import SINGLES, Region
+from halfstep.switching.roles import Roles
+from halfstep.switching.structure import map_tensors, tensors_in
+
+__all__ = ["Recorder", "locate"]
+
+# What may be kept alive besides the latest forward's, in bytes and in number.
+_BYTES = 64 << 20
+_CALLS = 64
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class _Call:
+    """One outermost forward: how to run it again, and the gradients that came to its outputs."""
+
+    module: nn.Module
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random: list[Tensor]
+    bytes: int
+    step: int
+    grads: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Recorder:
+    """The forwards since the last step, by reference."""
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+
+    def note(
+        self, module: nn.Module, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step: int
+    ) -> _Call:
+        """Remember a forward of the step that comes after ``step`` others; earlier steps' are dropped."""
+        if self._calls and self._calls[-1].step != step:
+            self._calls.clear()
+        random = [torch.get_rng_state()]
+        given = _flat(args, kwargs)
+        if given and given[0].is_cuda:
+            random.append(torch.cuda.get_rng_state(given[0].device))
+        size = sum(t.nbytes for t in given)
+        noted = _Call(module, call, args, kwargs, random, size, step)
+        self._calls.append(noted)
+        self._trim()
+        return noted
+
+    def await_gradients(self, noted: _Call, outputs: Any) -> None:
+        """Have the gradients that come to ``outputs`` remembered too."""
+        weak = weakref.ref(noted)
+        for k, out in enumerate(_flat((outputs,), {})):
+            if out.grad_fn is not None:
+                out.grad_fn.register_prehook(functools.partial(self._arrived, weak, k))
+
+    def _arrived(self, weak: weakref.ref[_Call], k: int, grads: tuple[Tensor | None, ...]) -> None:
+        noted, grad = weak(), grads[0]
+        if noted is None or grad is None or k in noted.grads or noted.bytes + grad.nbytes > _BYTES:
+            return
+        noted.grads[k] = grad.detach()
+        noted.bytes += grad.nbytes
+        self._trim()
+
+    def _trim(self) -> None:
+        size = sum(call.bytes for call in self._calls[:-1])
+        while len(self._calls) > 1 and (size > _BYTES or len(self._calls) > _CALLS):
+            size -= self._calls.pop(0).bytes
+
+    def calls(self) -> list[_Call]:
+        """Those remembered, in order."""
+        return list(self._calls)
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._calls.clear()
+
+
+def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
+    """`tensors_in` of both, at once where there are only tensors: this is on the way of every forward."""
+    if not kwargs and all(type(a) is Tensor for a in args):
+        return args
+    return tensors_in((args, kwargs))
+
+
+class Run(Protocol):
+    """What is asked of a switch."""
+
+    model: nn.Module
+    plan: Plan
+    recorder: Recorder
+    roles: Roles
+    ledger: Any
+
+
+def locate(run: Run) -> Finding:
+    """Where the first value of the remembered forwards and their backwards stopped being finite.
+
+    Runs each again in the recipe, and the failing one in FP32 and at smaller scales too. Weights, gradients,
+    buffers and random numbers are as they were afterwards. What a forward does besides (a counter, a print)
+    it does again.
+    """
+    model, scale = run.model, run.ledger.gate.scale
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter.detach()):
+            return Finding(
+                phase="weights",
+                module=name.rpartition(".")[0],
+                operation="",
+                operand=name,
+                detail="the parameter itself is not finite: an earlier step wrote it",
+            )
+    calls = run.recorder.calls()
+    # On several ranks forward may wait for the others, who do not run theirs again.
+    if not calls or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return Finding.none()
+    try:
+        with _as_it_was(model):
+            for k, call in enumerate(calls):
+                found = _examine(call, run, scale)
+                if found is not None:
+                    return found.of_batch(k, len(calls))
+    except (
+        Exception
+    ) as error:  # the user's forward, run at a time of ours: what it raises is not to hide
+        return Finding.nothing(f"the step could not be run again: {error!r}")
+    if not all(call.grads for call in calls):
+        return Finding.nothing(
+            "run again, the forward is finite; gradients of the outputs were too large to be kept, so the "
+            "backward was not run again"
+        )
+    return Finding.nothing(
+        "run again, forward and backward are finite: the gradient was changed after the backward "
+        "(a hook, a clipping, a write to p.grad)"
+    )
+
+
+def _examine(call: _Call, run: Run, scale: float) -> Finding | None:
+    plan = run.plan
+    for k, t in enumerate(tensors_in((call.args, call.kwargs))):
+        if not is_finite(t):
+            return Finding(
+                phase="data",
+                module="",
+                operation="",
+                operand=f"input {k}",
+                index=first_bad_row(t, t.size(0) if t.dim() else 0),
+                detail="what forward was given is not finite: no format and no scale mends that",
+            )
+    found, _ = _run(call, run, plan, scale, inspect=True)
+    if found is None:
+        for k, grad in call.grads.items():
+            if not is_finite(grad):
+                return Finding(
+                    phase="loss",
+                    module="",
+                    operation="",
+                    operand=f"gradient of output {k}",
+                    index=first_bad_row(grad, grad.size(0) if grad.dim() else 0),
+                    detail="the model's outputs are finite, and the gradient that the loss function gave "
+                    "for them is not",
+                )
+        return None
+    remedies = {}
+    for name, other, at in (
+        ("fp32", make_plan(Recipe.parse("fp32"), plan.device), 1.0),
+        ("bf16", make_plan(Recipe.parse("bf16"), plan.device), 1.0),
+        (f"a loss scale of {scale * 2.0**-10:g}", plan, scale * 2.0**-10),
+    ):
+        if str(plan.recipe) == name:
+            continue
+        uninstall = overrides.install(other)
+        try:
+            remedies[name] = _run(call, run, other, at, inspect=False)[1]
+        finally:
+            uninstall()
+    return found.with_remedies(remedies)
+
+
+def _run(
+    call: _Call, run: Run, plan: Plan, scale: float, *, inspect: bool
+) -> tuple[Finding | None, bool]:
+    """One forward and backward; what the inspection found, and whether all that came out is finite."""
+    model = run.model
+    roles = run.roles if plan is run.plan else Roles(plan, model)
+    region = Region(plan, Gate(scale), True, SINGLES, _no_audit, roles)
+    # As `Switch.run` has it: inputs are rounded where every tensor of the region is.
+    narrow = plan.active and (plan.narrow_writes or not plan.wide_operations)
+
+    def given(t: Tensor) -> Tensor:
+        t = t.detach()
+        if narrow and t.dtype == torch.float32:
+            t = t.to(plan.low)
+        return t
+
+    args, kwargs = map_tensors((call.args, call.kwargs), given)
+    torch.set_rng_state(call.random[0])
+    if len(call.random) > 1:
+        torch.cuda.set_rng_state(call.random[1])
+    batch = next((t.size(0) for t in tensors_in((args, kwargs)) if t.dim()), 0)
+    inspection = Inspection(model, batch) if inspect else contextlib.nullcontext()
+    with torch.enable_grad(), inspection as seen:
+        with contextlib.ExitStack() as opened:
+            opened.callback(region.clear)
+            opened.enter_context(region.opened())
+            opened.enter_context(overrides.autocast(plan))
+            outputs = tensors_in(call.call(*args, **kwargs))
+        if seen is not None and seen.finding is not None:
+            return seen.finding, False
+        left = [_outside(t, region) for t in outputs]
+        finite = all(is_finite(t) for t in left)
+        pairs = [(left[k], g) for k, g in call.grads.items() if left[k].requires_grad]
+        if not pairs or not all(is_finite(g) for _, g in pairs):
+            return None, finite
+        if seen is not None:
+            seen.backward()
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(
+            [t for t, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+        )
+    finite = finite and all(is_finite(g) for g in grads if g is not None)
+    return (seen.finding if seen is not None else None), finite
+
+
+def _outside(t: Tensor, region: Region) -> Tensor:
+    dtype = torch.float32 if t.dtype in _NARROW else t.dtype
+    return leave(t, region.gate, dtype) if t.grad_fn is not None else t.to(dtype)
+
+
+def _no_audit(out: Any, region: Region, given: Any) -> None:
+    """Nothing that a replay makes is kept."""
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Buffers and random numbers are put back at the end."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = list({p.device.index for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)

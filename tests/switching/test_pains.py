@@ -1,0 +1,343 @@
+"""What users of mixed precision complain of most, one test each; torch.amp's way in ``comparison`` tests.
+
+In the order of the list they were taken from: 1 scale collapses, 2 step not told, 3 silent skips, 4 which
+operation, 5 masters absent, 6 accumulation in 16 bits, 7 clipping while scaled, 8 activations overflow,
+9 silent underflow, 10 resume, 13 stale casts, 14 custom functions.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import halfstep
+from against_fp32 import assert_close, batch, both, gradients, mlp, sgd
+from halfstep.errors import NonFiniteError
+from halfstep.switching import log_to
+
+X, Y = batch()
+
+
+def mse(model, factor=1.0):
+    return factor * (model(X) - Y).square().mean()
+
+
+def overflow(model):
+    next(model.parameters()).grad[0] = math.inf
+
+
+# -- 1. the scale collapses to zero and training dies in silence --------------------------------------
+
+
+def test_1_the_scale_has_a_floor_and_says_when_it_is_there():
+    model = mlp()
+    optimizer = sgd(model)
+    switch = halfstep.switch(model, optimizer, "fp16")
+    with pytest.raises(NonFiniteError, match="loss scale 1, which is as low as it goes"):
+        for _ in range(200):
+            optimizer.zero_grad()
+            mse(model).backward()
+            overflow(model)
+            optimizer.step()
+    assert switch.loss_scale == 1.0
+    optimizer.zero_grad()
+    mse(model).backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.comparison
+def test_1_torchs_reaches_zero_and_the_next_clean_batch_kills_the_weights():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    for k in range(167):
+        optimizer.zero_grad()
+        scaler.scale(weight.sum()).backward()
+        if k < 166:
+            weight.grad[0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+    assert weight.isnan().all()
+
+
+# -- 2, 3. whether the step ran ------------------------------------------------------------------------
+
+
+def test_2_the_step_says_whether_it_ran_and_why_not():
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    switch = halfstep.switch(model, optimizer, "fp16")
+    for bad in (False, True):
+        optimizer.zero_grad()
+        mse(model).backward()
+        if bad:
+            overflow(model)
+        optimizer.step()
+        assert switch.was_step_applied() == (not bad)
+    assert switch.last_step.nonfinite == {"0.weight": 6}
+
+
+@pytest.mark.comparison
+def test_2_torchs_returns_none_in_both_cases():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    for bad in (False, True):
+        scaler.scale(weight.sum()).backward()
+        if bad:
+            weight.grad[0] = math.inf
+        assert scaler.step(optimizer) is None
+        scaler.update()
+
+
+def test_3_skips_are_counted_logged_and_no_schedule_runs_on():
+    model = mlp()
+    optimizer = sgd(model, lr=1.0)
+    switch = halfstep.switch(model, optimizer, "fp16")
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    switch.pace(scheduler)
+    rows = []
+    switch.on_step(log_to(lambda values, step: rows.append(values["amp/skipped_steps"])))
+    for _ in range(3):
+        optimizer.zero_grad()
+        mse(model).backward()
+        overflow(model)
+        optimizer.step()
+        scheduler.step()
+    assert rows == [1, 2, 3]
+    assert switch.skipped_steps == 3
+    assert scheduler.get_last_lr() == [1.0]
+
+
+# -- 4. which operation made it ------------------------------------------------------------------------
+
+
+def test_4_the_operation_is_named():
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight.fill_(30000.0)
+        model[0].weight.fill_(5.0)
+    optimizer = sgd(model)
+    halfstep.switch(model, optimizer, "fp16")
+    mse(model).nan_to_num(0.0).backward()
+    model(X).log().sum().backward()
+    with pytest.raises(NonFiniteError) as caught:
+        optimizer.step()
+    assert caught.value.finding.module == "2"
+
+
+# -- 5, 6. masters and accumulation in FP32 ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "bf16"])
+def test_5_masters_are_proved(recipe):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    halfstep.switch(model, optimizer, recipe)
+    mse(model).backward()
+    optimizer.step()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {v.dtype for s in optimizer.state.values() for v in s.values()} == {torch.float32}
+
+
+def test_5_updates_below_16_bits_are_kept():
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0**-13)
+    halfstep.switch(model, optimizer, "bf16")
+    for _ in range(64):
+        optimizer.zero_grad()
+        model(torch.ones(1, 1)).sum().backward()
+        optimizer.step()
+    assert model.weight.item() == pytest.approx(1.0 - 64 * 2.0**-13, abs=2.0**-20)
+
+
+@pytest.mark.comparison
+def test_5_a_bfloat16_model_never_moves():
+    weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([weight], lr=2.0**-13)
+    for _ in range(64):
+        optimizer.zero_grad()
+        weight.sum().backward()
+        optimizer.step()
+    assert weight == 1.0
+
+
+@pytest.mark.parametrize("recipe", ["fp16:initial=1", "bf16"])
+def test_6_gradients_accumulate_in_fp32(recipe):
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = sgd(model)
+    halfstep.switch(model, optimizer, recipe)
+    for k in range(4097):
+        model(torch.full((1, 1), 1.0 if k else 4096.0)).sum().backward()
+    assert model.weight.grad.dtype == torch.float32
+    assert model.weight.grad == 8192.0  # in fp16, whose spacing here is 4, it would stay at 4096
+
+
+# -- 7. clipping, scaling, accumulation in any order ---------------------------------------------------
+
+
+def test_7_clipping_sees_true_gradients_whatever_the_order():
+    def program(model, optimizer, switch):
+        for _ in range(3):
+            mse(model, 1 / 3).backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        return {"norm": norm, **{k: g.clone() for k, g in gradients(model).items()}}
+
+    wanted, got = both(program, "fp16")
+    assert_close(got, wanted, "fp16", roundings=6 * 48)
+
+
+@pytest.mark.comparison
+def test_7_torchs_clips_what_is_scaled_and_says_nothing():
+    weight = nn.Parameter(torch.ones(2))
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler.scale(weight.sum()).backward()
+    nn.utils.clip_grad_norm_([weight], 1.0)
+    scaler.step(optimizer)
+    assert (1.0 - weight).norm() < 1e-4, "a step of norm 1 was meant"
+
+
+# -- 8. activations overflow ---------------------------------------------------------------------------
+
+
+def test_8_an_activation_that_overflows_is_no_affair_of_the_scale():
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight.mul_(1e8)
+    optimizer = sgd(model)
+    switch = halfstep.switch(model, optimizer, "fp16")
+    (model(X).nan_to_num(0.0) - Y).square().mean().backward()
+    if not any((~g.isfinite()).any() for g in gradients(model).values()):
+        (model(X) * math.inf).sum().backward()
+    with pytest.raises(NonFiniteError) as caught:
+        optimizer.step()
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(X).sum().backward()
+            optimizer.step()
+    assert caught.value.finding.remedies["bf16"]
+    assert switch.loss_scale >= 65536 / 16
+
+
+# -- 9. silent underflow -------------------------------------------------------------------------------
+
+
+def test_9_small_gradients_survive_without_a_word():
+    def program(model, optimizer, switch):
+        mse(model, 2.0**-20).backward()
+        return gradients(model)
+
+    wanted, got = both(program, "fp16")
+    assert_close(got, wanted, "fp16")
+
+
+@pytest.mark.comparison
+def test_9_torchs_fp16_autocast_loses_them_without_a_word():
+    model = mlp()
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = model(X)
+    ((out.float() - Y).square().mean() * 2.0**-20).backward()
+    lost = sum(int((g == 0).sum()) for g in gradients(model).values())
+    assert lost > 0.5 * sum(g.numel() for g in gradients(model).values())
+
+
+# -- 10. resume ----------------------------------------------------------------------------------------
+
+
+def test_10_a_resumed_run_goes_on_with_its_scale():
+    model = mlp()
+    optimizer = sgd(model)
+    switch = halfstep.switch(model, optimizer, "fp16:interval=3")
+    for k in range(5):
+        optimizer.zero_grad()
+        mse(model).backward()
+        if k in (1, 3):
+            overflow(model)
+        optimizer.step()
+    state = switch.state_dict()
+    switch.off()
+    again = halfstep.switch(model, optimizer, "fp16:interval=3")
+    again.load_state_dict(state)
+    assert (again.loss_scale, again.steps, again.skipped_steps) == (16384.0, 5, 2)
+    assert all(v.dtype == torch.float32 for v in model.state_dict().values())
+
+
+# -- 13. stale casts ------------------------------------------------------------------------------------
+
+
+def test_13_a_changed_weight_is_read_anew():
+    model = nn.Linear(2, 2, bias=False)
+    halfstep.switch(model, sgd(model), "bf16")
+    before = model(torch.ones(1, 2))
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    assert not torch.equal(model(torch.ones(1, 2)), before)
+    with halfstep.autocast("cpu", dtype=torch.float16):
+        weight = nn.Parameter(torch.ones(2, 2))
+        before = torch.ones(1, 2) @ weight
+        with torch.no_grad():
+            weight.add_(1.0)
+        assert not torch.equal(torch.ones(1, 2) @ weight, before)
+
+
+@pytest.mark.comparison
+def test_13_torchs_cast_cache_is_stale():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weight = nn.Parameter(torch.ones(2, 2))
+        before = torch.ones(1, 2) @ weight
+        with torch.no_grad():
+            weight.add_(1.0)
+        assert torch.equal(torch.ones(1, 2) @ weight, before)
+
+
+def test_13_no_grad_before_grad_loses_no_gradient():
+    model = mlp()
+    halfstep.switch(model, sgd(model), "fp16")
+    with torch.no_grad():
+        model(X)
+    mse(model).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# -- 14. custom functions ------------------------------------------------------------------------------
+
+
+class Doubled(torch.autograd.Function):
+    """Written with setup_context, as torch's documentation has it."""
+
+    @staticmethod
+    def forward(x):
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        assert grad.dtype == ctx.dtype
+        return grad * 2
+
+
+def test_14_a_function_with_setup_context():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x):
+            return Doubled.apply(self.inner(x))
+
+    def program(model, optimizer, switch):
+        mse(model).backward()
+        return gradients(model)
+
+    wanted, got = both(program, "fp16", make=Model)
+    assert_close(got, wanted, "fp16")
