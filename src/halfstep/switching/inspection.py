@@ -25,7 +25,8 @@ class Finding:
     ``phase``: ``weights``, ``data``, ``forward``, ``loss``, ``backward``, or ``unknown``. ``module``: path in
     the model, empty for the model itself. ``operation``: as torch calls it. ``operand``: ``input``,
     ``weight``, ``bias`` or ``grad``, the largest that went in where all are finite. ``index``: the first
-    place in the batch that is concerned, -1 where it cannot be told. ``remedies``: what would have been finite.
+    place in the batch that is concerned, -1 where it cannot be told. ``remedies``: what would have been
+    finite.
     """
 
     phase: str
