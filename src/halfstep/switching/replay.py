@@ -33,7 +33,7 @@ _CALLS = 64
 _NARROW = (torch.float16, torch.bfloat16)
 
 
-@dataclass(slots=True, weakref_slot=True, eq=False)
+@dataclass(slots=True, kw_only=True, weakref_slot=True, eq=False)
 class _Call:
     """One outermost forward: how to run it again, and the gradients that came to its outputs."""
 
@@ -64,7 +64,15 @@ class Recorder:
         if given and given[0].is_cuda:
             random.append(torch.cuda.get_rng_state(given[0].device))
         size = sum(t.nbytes for t in given)
-        noted = _Call(module, call, args, kwargs, random, size, step)
+        noted = _Call(
+            module=module,
+            call=call,
+            args=args,
+            kwargs=kwargs,
+            random=random,
+            bytes=size,
+            step=step,
+        )
         self._calls.append(noted)
         self._trim()
         return noted
