@@ -25,7 +25,7 @@ from halfstep.switching.region import SINGLES, Region
 from halfstep.switching.roles import Roles
 from halfstep.switching.structure import map_tensors, tensors_in
 
-__all__ = ["Recorder", "locate"]
+__all__ = ["Recorder", "locate", "locator"]
 
 # What may be kept alive besides the latest forward's, in bytes and in number.
 _BYTES = 64 << 20
@@ -121,6 +121,16 @@ class Run(Protocol):
     recorder: Recorder
     roles: Roles
     ledger: Any
+
+
+def locator(of: weakref.ref[Any]) -> Callable[[], Finding]:
+    """`locate` for a switch that is not kept alive."""
+
+    def found() -> Finding:
+        run = of()
+        return Finding.none() if run is None else locate(run)
+
+    return found
 
 
 def locate(run: Run) -> Finding:

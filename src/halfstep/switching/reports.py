@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 from torch.optim import Optimizer
@@ -109,19 +109,28 @@ def on_applied(function: Callable[[], object]) -> Callback:
     return applied
 
 
-def pace(scheduler: Any, applied: Callable[[], bool]) -> Handle:
-    """Make ``scheduler.step()`` do nothing while ``applied()`` is False; the handle's removal undoes it.
+class _Guard(Protocol):
+    optimizer: Optimizer
+
+    def was_step_applied(self) -> bool: ...
+
+
+def pace(scheduler: Any, guards: Sequence[_Guard]) -> Handle:
+    """Make ``scheduler.step()`` do nothing after a skipped step of its optimizer; removal undoes it.
 
     The object stays what it is, its ``state_dict()`` too: it is put in a subclass of its class.
 
     Raises:
-        OperandError: it is no scheduler of a ``torch.optim`` optimizer.
+        OperandError: it is no scheduler of an optimizer of one of the guards.
     """
     kind = type(scheduler)
-    if not (hasattr(kind, "step") and isinstance(getattr(scheduler, "optimizer", None), Optimizer)):
+    optimizer = getattr(scheduler, "optimizer", None)
+    guard = next((g for g in guards if g.optimizer is optimizer), None)
+    if guard is None:
         raise OperandError(
-            f"pace takes a scheduler of an optimizer (torch.optim.lr_scheduler), not a {kind.__name__}"
+            f"pace takes a scheduler of one of the switch's optimizers, not a {kind.__name__} of another"
         )
+    applied = guard.was_step_applied
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         return kind.step(self, *args, **kwargs) if applied() else None

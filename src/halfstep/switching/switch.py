@@ -32,7 +32,6 @@ from halfstep.switching.checkpoints import Checkpointed
 from halfstep.switching.communication import compress
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.guard import Guard
-from halfstep.switching.inspection import Finding
 from halfstep.switching.ledger import Ledger
 from halfstep.switching.loss_scale import StepReport
 from halfstep.switching.module_hooks import call_leaving, has_hooks_after_forward
@@ -41,7 +40,7 @@ from halfstep.switching.plain import become_half
 from halfstep.switching.plan import Plan, make_plan
 from halfstep.switching.ranks import Ranks, active_ddp, is_part_of, ranks_of
 from halfstep.switching.region import SMALL, Buckets, Region, check_unwritten, current
-from halfstep.switching.replay import Recorder, locate
+from halfstep.switching.replay import Recorder, locator
 from halfstep.switching.reports import Handle, pace
 from halfstep.switching.roles import Roles
 from halfstep.switching.state import State, read_state, write_state
@@ -113,8 +112,7 @@ class Switch(Checkpointed):
         self.ledger = Ledger(recipe.loss_scaling, self._scaled, recipe.largest_gradient)
         self._gate = self.ledger.gate
         self.recorder = Recorder()
-        """What the forwards of this step were given, should it have to be run again."""
-        self.ledger.locate = functools.partial(_locate, weakref.ref(self))
+        self.ledger.locate = locator(weakref.ref(self))
         self._inside = Intervals()
         self._schedules: dict[int, Schedule] = {}
         self._shapes: dict[int, Shape] = {}
@@ -239,14 +237,7 @@ class Switch(Checkpointed):
         Raises:
             OperandError: it is no scheduler of one of the switch's optimizers.
         """
-        optimizer = getattr(scheduler, "optimizer", None)
-        guard = next((g for g in self._guards if g.optimizer is optimizer), None)
-        if guard is None:
-            raise OperandError(
-                f"pace takes a scheduler of one of the switch's optimizers, not a "
-                f"{type(scheduler).__name__} of another"
-            )
-        return pace(scheduler, guard.was_step_applied)
+        return pace(scheduler, self._guards)
 
     def compress_gradients(self, ddp: DistributedDataParallel, numbers: str = "fp16") -> None:
         """Have ``ddp`` average gradients in 16 bits from now on: half the bytes between processes.
@@ -465,11 +456,6 @@ def _shape(region: Region, out: Any) -> object:
 
 def _has_graph(value: Any) -> bool:
     return any(t.grad_fn is not None for t in tensors_in(value))
-
-
-def _locate(of: weakref.ref[Switch]) -> Finding:
-    switch = of()
-    return Finding.none() if switch is None else locate(switch)
 
 
 def _nothing() -> None:
