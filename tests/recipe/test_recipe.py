@@ -23,6 +23,8 @@ format_changes = st.dictionaries(
 other_changes = st.fixed_dictionaries(
     {},
     optional={
+        "update": st.sampled_from(["nearest", "stochastic", "kahan"]),
+        "moments": st.sampled_from(["fp32", "bf16", "e4m3fn", "e4m3fn@1x128", "mxfp8_e4m3"]),
         "policy": st.sampled_from(["amp", "paper"]),
         "scaling": st.sampled_from(["none", "static", "dynamic", "log-normal"]),
         "initial": st.floats(1.0, 2.0**100),
@@ -68,6 +70,9 @@ def test_catalogue_is_the_issues():
         "fp32",
         "bf16",
         "fp16",
+        "bf16-pure",
+        "bf16-sr",
+        "bf16-kahan",
         "fp16-naive",
         "fp16-noscale",
         "fp16-nomaster",
@@ -116,9 +121,36 @@ def test_an_ablation_is_fp16_but_for_what_its_name_says(name: str, changes: dict
     assert Recipe.parse("fp16").replace(**changes) == Recipe.parse(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (
+            "bf16-pure",
+            {"master": "bf16", "optimizer": "bf16", "policy": "paper"},
+        ),
+        ("bf16-sr", {"master": "bf16", "moments": "bf16", "update": "stochastic"}),
+        ("bf16-kahan", {"master": "bf16", "moments": "bf16", "update": "kahan"}),
+    ],
+)
+def test_a_recipe_without_masters_is_bf16_but_for_what_its_name_says(name, changes):
+    assert Recipe.parse("bf16").replace(**changes) == Recipe.parse(name)
+
+
+def test_a_wrong_update_or_moments_is_told_what_is_allowed():
+    with pytest.raises(
+        RecipeError, match=r"update=up: unknown update 'up'; known: kahan, nearest, stochastic"
+    ):
+        Recipe.parse("bf16").replace(update="up")
+    with pytest.raises(RecipeError, match=r"moments=e4m3gn in .*unknown format"):
+        Recipe.parse("bf16:moments=e4m3gn")
+    with pytest.raises(RecipeError, match=r"moments is 8, a int"):
+        dataclasses.replace(Recipe.parse("bf16"), moments=8)  # pyright: ignore
+    assert not Recipe.parse("fp32:moments=bf16").is_identity
+
+
 def test_only_fp32_is_the_identity_and_only_naive_is_unguarded():
     assert [r.name for r in recipes().values() if r.is_identity] == ["fp32"]
-    assert [r.name for r in recipes().values() if not r.guarded] == ["fp16-naive"]
+    assert [r.name for r in recipes().values() if not r.guarded] == ["bf16-pure", "fp16-naive"]
     assert not Recipe.parse("fp32:scaling=dynamic").is_identity
 
 
@@ -153,7 +185,7 @@ def test_defaults_are_those_of_torchs_grad_scaler():
         ("params=float32, compute=bfloat16, output=float32", "bf16"),
         ("p=f32,c=f32,o=f32", "fp32"),
         ("params=half,compute=half,output=float32", "fp16-naive"),
-        ("params=bfloat16,compute=bfloat16,output=full", "bf16:master=bf16,optimizer=bf16"),
+        ("params=bfloat16,compute=bfloat16,output=full", "bf16-pure"),
     ],
 )
 def test_what_users_already_write(text: str, name: str):
@@ -207,7 +239,7 @@ def test_replace_takes_values_as_well_as_text():
 
 KEYS = (
     "operands, weight, activation, gradient, store, accumulate, master, optimizer, policy, "
-    "keep, amax_history, hadamard, gradient_rounding, inference_only, "
+    "keep, amax_history, hadamard, gradient_rounding, inference_only, update, moments, "
     "scaling, initial, growth, backoff, interval, floor, ceiling, patience, hysteresis, "
     "consecutive_hysteresis"
 )

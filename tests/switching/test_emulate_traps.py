@@ -295,3 +295,9 @@ def test_fp32_changes_nothing():
     with halfstep.emulate("fp32") as emulation:
         out = x @ x
     assert torch.equal(out, x @ x) and emulation.operations["dot"] == {"aten.mm.default": 1}
+
+
+@pytest.mark.parametrize("recipe", ["bf16-sr", "bf16-kahan", "fp16:moments=bf16"])
+def test_what_is_kept_between_steps_is_for_the_switch(recipe):
+    with pytest.raises(SwitchError, match=r"state between steps that emulate does not keep"):
+        halfstep.emulate(recipe)

@@ -127,6 +127,8 @@ def recipe_record(it: Recipe) -> dict[str, Any]:
         "accumulate": str(it.accumulate),
         "master": it.master.name,
         "optimizer": it.optimizer.name,
+        "update": it.update.value,
+        "moments": str(it.moments),
         "scaling": it.loss_scaling.kind.value,
         "policy": str(it.policy),
         "guarded": it.guarded,

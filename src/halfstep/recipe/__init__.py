@@ -6,7 +6,7 @@ from halfstep.recipe.exceptions import Keep
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
 from halfstep.recipe.op_policy import OpClass, OpPolicy
 from halfstep.recipe.policies import policies
-from halfstep.recipe.recipe import Recipe
+from halfstep.recipe.recipe import Recipe, Update
 
 __all__ = [
     "WIDE_OUTPUTS",
@@ -18,6 +18,7 @@ __all__ = [
     "ScalingKind",
     "Traits",
     "Treatment",
+    "Update",
     "policies",
     "recipes",
     "treatment",

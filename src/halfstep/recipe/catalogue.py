@@ -9,7 +9,7 @@ from halfstep.format import Accumulator, BlockFormat, Format, Rounding
 from halfstep.recipe.exceptions import Keep
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
 from halfstep.recipe.policies import AMP, PAPER
-from halfstep.recipe.recipe import Recipe
+from halfstep.recipe.recipe import Recipe, Update
 
 __all__ = ["CATALOGUE", "SYNONYMS", "recipes"]
 
@@ -67,6 +67,56 @@ _LITERALS = (
         optimizer=_FP32,
         loss_scaling=_DYNAMIC,
         policy=AMP,
+    ),
+    Recipe(
+        name="bf16-pure",
+        summary="plain model.bfloat16(): every tensor, the parameters and the optimizer in BF16, "
+        "to nearest: small updates vanish beside the weights",
+        source="what Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192, "
+        "section 3, finds to fail",
+        weight=_BF16,
+        activation=_BF16,
+        gradient=_BF16,
+        store=_BF16,
+        accumulate=_ADDS_FP32,
+        master=_BF16,
+        optimizer=_BF16,
+        loss_scaling=_UNSCALED,
+        policy=PAPER,
+    ),
+    Recipe(
+        name="bf16-sr",
+        summary="bf16 with 16-bit weights and moments, the update rounded stochastically: "
+        "no master weights",
+        source="Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192, section 4",
+        weight=_BF16,
+        activation=_BF16,
+        gradient=_BF16,
+        store=_BF16,
+        accumulate=_ADDS_FP32,
+        master=_BF16,
+        optimizer=_FP32,
+        loss_scaling=_UNSCALED,
+        policy=AMP,
+        update=Update.STOCHASTIC,
+        moments=_BF16,
+    ),
+    Recipe(
+        name="bf16-kahan",
+        summary="bf16 with 16-bit weights and moments; what the update's rounding loses is kept "
+        "in a second 16-bit number: no master weights",
+        source="Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192, section 4",
+        weight=_BF16,
+        activation=_BF16,
+        gradient=_BF16,
+        store=_BF16,
+        accumulate=_ADDS_FP32,
+        master=_BF16,
+        optimizer=_FP32,
+        loss_scaling=_UNSCALED,
+        policy=AMP,
+        update=Update.KAHAN,
+        moments=_BF16,
     ),
     Recipe(
         name="fp16-naive",
@@ -240,19 +290,21 @@ _LITERALS = (
     Recipe(
         name="fp8-chunk64",
         summary="FP16 storage; operands in FP8 (1-5-2), sums in 1-6-9 by chunks of 64, a loss scale "
-        "of 1024; the first and the last layer stay in FP16",
+        "of 1024; weights in 1-6-9, their update rounded stochastically; the first and the last layer "
+        "stay in FP16",
         source="Wang et al., Training Deep Neural Networks with 8-bit Floating Point Numbers, arXiv "
-        "1812.08011, sections 2 and 4.1",
+        "1812.08011, sections 2, 3.1 and 4.1",
         weight=Format.parse("e5m2"),
         activation=Format.parse("e5m2"),
         gradient=Format.parse("e5m2"),
         store=_FP16,
         accumulate=Accumulator.parse("e6m9/chunk64"),
-        master=_FP32,
+        master=Format.parse("e6m9"),
         optimizer=_FP32,
         loss_scaling=LossScaling(kind=ScalingKind.DYNAMIC, initial=1024.0),
         policy=AMP,
         keep=Keep.parse("first+last"),
+        update=Update.STOCHASTIC,
     ),
     Recipe(
         name="mxfp8",
@@ -429,6 +481,7 @@ SYNONYMS: Mapping[str, str] = MappingProxyType(
         "16-mixed": "fp16",
         "16-true": "fp16-naive",
         "bf16-mixed": "bf16",
+        "bf16-true": "bf16-pure",
         # Keras
         "mixed_float16": "fp16",
         "mixed_bfloat16": "bf16",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
-from halfstep.errors import RecipeError
+from halfstep.errors import RecipeError, UnknownNameError
 from halfstep.format import Accumulator, BlockFormat, Format, Rounding
 from halfstep.recipe.exceptions import NOTHING_KEPT, Keep
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
 from halfstep.recipe.op_policy import OpPolicy
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "Update"]
 
 FORMAT_FIELDS = (
     "weight",
@@ -24,6 +25,26 @@ FORMAT_FIELDS = (
 )
 OPERAND_FIELDS = ("weight", "activation", "gradient")
 DESCRIPTION_FIELDS = ("name", "summary", "source")
+_FP32 = Format.parse("fp32")
+
+
+class Update(Enum):
+    """How a weight becomes a number of ``master`` again after the optimizer has moved it."""
+
+    NEAREST = "nearest"
+    """To the nearest, ties to even: an update below half a spacing is lost, each time."""
+    STOCHASTIC = "stochastic"
+    """Up or down by chance, so that the mean is right: what is lost once comes in another time."""
+    KAHAN = "kahan"
+    """To the nearest; what is lost is kept in a second number of ``master`` and added next time."""
+
+    @classmethod
+    def parse(cls, given: object) -> Update:
+        """The update of that name; an `Update` is returned as it is."""
+        try:
+            return cls(given)
+        except ValueError:
+            raise UnknownNameError("update", given, [member.value for member in cls]) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +55,8 @@ class Recipe:
     of each, multiplies exactly, adds in ``accumulate`` and writes its result in ``store``.
     An operand format may be a `BlockFormat`: its blocks lie along the axis that the product sums over.
     Parameters are kept in ``master`` between steps; the optimizer computes and keeps its state in
-    ``optimizer``. Two recipes are equal when they do the same, whatever they are called.
+    ``optimizer``; after a step weights are rounded as ``update`` says, its state to ``moments``.
+    Two recipes are equal when they do the same, whatever they are called.
 
     Raises `RecipeError` where a field is not of its type.
 
@@ -67,6 +89,10 @@ class Recipe:
     """How gradients are rounded to their operand format."""
     inference_only: bool = False
     """True where nothing says how to train with it: an optimizer is refused."""
+    update: Update = Update.NEAREST
+    """How weights become numbers of ``master`` again after a step."""
+    moments: Format | BlockFormat = _FP32
+    """What optimizer state is kept in between steps; fp32: as the optimizer leaves it."""
 
     def __post_init__(self) -> None:
         for key in DESCRIPTION_FIELDS:
@@ -85,6 +111,8 @@ class Recipe:
         _check_type(self, "keep", Keep, "say Keep.parse(text)")
         _check_type(self, "gradient_rounding", Rounding, "say Rounding.parse(text)")
         _check_type(self, "inference_only", bool, "say True or False")
+        _check_type(self, "update", Update, "say Update.parse(text)")
+        _check_type(self, "moments", (Format, BlockFormat), "say Format.parse or BlockFormat.parse")
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -110,7 +138,7 @@ class Recipe:
     def is_identity(self) -> bool:
         """True for plain FP32, every format fp32 and scale 1: nothing is to be done."""
         return self.loss_scaling.kind is ScalingKind.NONE and all(
-            str(getattr(self, key)) == "fp32" for key in FORMAT_FIELDS
+            str(getattr(self, key)) == "fp32" for key in (*FORMAT_FIELDS, "moments")
         )
 
     @property
@@ -146,7 +174,8 @@ class Recipe:
         A text is a name of the catalogue, a synonym (``16-mixed``, ``mixed_float16``,
         ``float16``, ``params=float32,compute=float16,output=float32`` ...), or a variant
         ``base:key=value,...`` whose keys are the format fields, ``operands`` (weight, activation
-        and gradient at once), ``policy``, ``scaling`` and the numbers of `LossScaling`.
+        and gradient at once), ``update``, ``moments``, ``policy``, ``scaling`` and the numbers of
+        `LossScaling`.
 
         Raises `UnknownNameError` for a name that is not known, `RecipeError` for a key or a value
         that is not.

@@ -14,9 +14,17 @@ from halfstep.recipe.catalogue import CATALOGUE, SYNONYMS
 from halfstep.recipe.exceptions import Keep
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
 from halfstep.recipe.op_policy import OpPolicy
-from halfstep.recipe.recipe import DESCRIPTION_FIELDS, FORMAT_FIELDS, OPERAND_FIELDS, Recipe
+from halfstep.recipe.recipe import DESCRIPTION_FIELDS, FORMAT_FIELDS, OPERAND_FIELDS, Recipe, Update
 
 __all__ = ["changed_recipe", "parse_recipe", "recipe_text"]
+
+
+def _scalar_or_blocks(given: object) -> Format | BlockFormat:
+    if isinstance(given, (Format, BlockFormat)):
+        return given
+    text = str(given).lower()
+    return BlockFormat.parse(text) if is_block_name(text) else Format.parse(text)
+
 
 _OPTIONS: dict[str, Any] = {
     "keep": Keep.parse,
@@ -24,6 +32,8 @@ _OPTIONS: dict[str, Any] = {
     "hadamard": int,
     "gradient_rounding": Rounding.parse,
     "inference_only": bool,
+    "update": Update.parse,
+    "moments": _scalar_or_blocks,
 }
 _SCALING_NUMBERS: dict[str, type[float | int]] = {
     "initial": float,
@@ -195,7 +205,7 @@ def _option(key: str, value: Any, where: str) -> Any:
         return _number(key, value, parse, where)
     try:
         return parse(value)
-    except (RecipeError, UnknownNameError) as error:
+    except (RecipeError, UnknownNameError, FormatError) as error:
         raise RecipeError(f"{key}={value}{where}: {error}") from None
 
 
@@ -279,5 +289,7 @@ def _parse_jmp(text: str) -> Recipe:
         )
     if names["params"] == names["compute"] == "fp16":
         return CATALOGUE["fp16-naive"]
+    if names["params"] == names["compute"] == "bf16":
+        return CATALOGUE["bf16-pure"]
     recipe = CATALOGUE[names["compute"]]
     return changed_recipe(recipe, {"master": names["params"], "optimizer": names["params"]})

@@ -1,4 +1,4 @@
-"""The optimizer's side: gradients that are not finite never reach it, 16-bit masters are rounded after it."""
+"""The optimizer's side: gradients that are not finite never reach it; what is narrow is rounded after it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,12 @@ class Owner(Protocol):
         """The processes that train the model together."""
         ...
 
-    def round_masters(self, parameters: Iterable[Tensor]) -> None:
-        """Round weights that the recipe keeps in 16 bits."""
+    def before_step(self, optimizer: Optimizer) -> None:
+        """The optimizer is about to change weights and state."""
+        ...
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """It has: round what the recipe keeps in fewer bits."""
         ...
 
 
@@ -103,9 +107,11 @@ class Guard:
         self._hidden.clear()  # an earlier step may have raised on its way
         self._nonfinite = []
         if not any(owner.guarded for owner in self._owners):
+            self._widen()
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is not None:
+            self._widen()
             checked = self._checked(closure)
             if len(args) > 1:
                 return (args[0], checked, *args[2:]), kwargs
@@ -114,7 +120,14 @@ class Guard:
             self._hand_over()
             return None
         self._nonfinite = self._check()
-        return ((self._hide(), *args[1:]), kwargs) if self._nonfinite else None
+        if self._nonfinite:
+            return (self._hide(), *args[1:]), kwargs
+        self._widen()
+        return None
+
+    def _widen(self) -> None:
+        for owner in self._owners:
+            owner.before_step(self.optimizer)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if optimizer is not self.optimizer or _is_nested(optimizer, sys._getframe(1)):
@@ -133,7 +146,7 @@ class Guard:
         self._applied = not self._nonfinite
         if self._applied:
             for owner in self._owners:
-                owner.round_masters(p for g in self.optimizer.param_groups for p in g["params"])
+                owner.after_step(self.optimizer)
         self._report(self._nonfinite)
 
     def _report(self, nonfinite: list[tuple[_Held, int]]) -> None:

@@ -1,4 +1,4 @@
-"""A plain 16-bit program: weights, gradients, buffers and optimizer state truly in torch.float16."""
+"""A plain 16-bit program: weights, gradients, buffers and optimizer state truly in a 16-bit dtype."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["become_half", "become_single"]
+__all__ = ["become_narrow", "become_single"]
 
 
-def become_half(model: nn.Module, optimizers: list[Optimizer]) -> Callable[[], None]:
-    """What ``model.half()`` does, and the same for optimizer state; returns the way back to FP32.
+def become_narrow(
+    model: nn.Module, optimizers: list[Optimizer], dtype: torch.dtype
+) -> Callable[[], None]:
+    """What ``model.half()`` or ``.bfloat16()`` does, and for optimizer state too; returns the way back.
 
-    The way back turns to FP32 what was turned to FP16; what was rounded stays rounded.
+    The way back turns to FP32 what was turned to ``dtype``; what was rounded stays rounded.
     """
     changed = [t for t in [*model.parameters(), *model.buffers()] if t.dtype == torch.float32]
     for tensor in changed:
-        _set(tensor, torch.float16)
+        _set(tensor, dtype)
     for optimizer in optimizers:
-        _set_state(optimizer, torch.float32, torch.float16)
+        _set_state(optimizer, torch.float32, dtype)
 
     def back() -> None:
-        become_single(changed, optimizers)
+        become_single(changed, optimizers, dtype)
 
     return back
 
 
-def become_single(tensors: list[Tensor], optimizers: list[Optimizer]) -> None:
-    """Turn ``tensors`` and the optimizers' state back to FP32."""
+def become_single(tensors: list[Tensor], optimizers: list[Optimizer], source: torch.dtype) -> None:
+    """Turn ``tensors`` and the optimizers' state back to FP32 from ``source``."""
     for tensor in tensors:
         _set(tensor, torch.float32)
     for optimizer in optimizers:
-        _set_state(optimizer, torch.float16, torch.float32)
+        _set_state(optimizer, source, torch.float32)
 
 
 def _set(tensor: Tensor, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from halfstep.errors import SwitchError
 from halfstep.format import Accumulator
-from halfstep.recipe import Recipe
+from halfstep.recipe import Recipe, Update
 
 __all__ = ["Executor", "Plan", "PlanRow", "make_plan"]
 
@@ -93,13 +93,7 @@ def make_plan(recipe: Recipe, device: str) -> Plan:
                 "fp32, or store and operands in fp16 or bf16"
             )
         recipe.accumulate.of(recipe.store, recipe.store)  # raises for a unit that cannot
-    for role in ("master", "optimizer"):
-        name = getattr(recipe, role).name
-        if name not in ("fp32", "fp16") or (name == "fp16" and low != torch.float16):
-            raise SwitchError(
-                f"recipe {recipe}: {role}={name} has no executor with store={recipe.store}; "
-                "fp32, or fp16 in an fp16 recipe"
-            )
+    _check_kept(recipe)
     # What a recipe by role keeps in bf16 is emulated, too: FP32's speed on every CPU, where native bf16 is
     # three times faster on some and ten times slower on others.
     emulate = device == "cpu" and (low == torch.float16 or recipe.reads_by_role)
@@ -115,6 +109,26 @@ def make_plan(recipe: Recipe, device: str) -> Plan:
         narrow_writes=recipe.policy.store_all,
         rows=_rows(recipe, device, emulate, plain),
     )
+
+
+def _check_kept(recipe: Recipe) -> None:
+    """Raise `SwitchError` where what the optimizer's side should do has no executor, or would do nothing."""
+    master, optimizer, store = recipe.master.name, recipe.optimizer.name, recipe.store.name
+    if optimizer != "fp32" and (optimizer != store or master != store):
+        raise SwitchError(
+            f"recipe {recipe}: optimizer={optimizer} has no executor with store={store} and "
+            f"master={master}; fp32, or all three fp16 or all three bf16 (a plain 16-bit program)"
+        )
+    if optimizer != "fp32" and str(recipe.moments) != "fp32":
+        raise SwitchError(
+            f"recipe {recipe}: moments={recipe.moments} with optimizer={optimizer}, whose state is in "
+            f"{optimizer} already; moments=fp32 leaves it so"
+        )
+    if recipe.update is not Update.NEAREST and (optimizer != "fp32" or master == "fp32"):
+        raise SwitchError(
+            f"recipe {recipe}: update={recipe.update.value} needs an FP32 optimizer and weights in less "
+            f"than FP32; here optimizer={optimizer} and master={master}. Say master=bf16, or update=nearest"
+        )
 
 
 def _dtype(recipe: Recipe, role: str) -> torch.dtype:
@@ -199,8 +213,14 @@ def _rows(recipe: Recipe, device: str, emulate: bool, plain: bool) -> tuple[Plan
         reads=recipe.master.name,
         accumulates=recipe.optimizer.name,
         writes=recipe.master.name,
-        why="your optimizer on FP32 master weights"
-        if recipe.master.name == "fp32"
-        else f"your optimizer; weights kept in {recipe.master.name}, no FP32 master copy",
+        why=_why_optimizer(recipe),
     )
     return dots, recurrent, fp32_class, pointwise, optimizer
+
+
+def _why_optimizer(recipe: Recipe) -> str:
+    state = f"; its state kept in {recipe.moments}" if str(recipe.moments) != "fp32" else ""
+    if recipe.master.name == "fp32":
+        return f"your optimizer on FP32 master weights{state}"
+    how = f" (update: {recipe.update.value})" if recipe.update is not Update.NEAREST else ""
+    return f"your optimizer; weights kept in {recipe.master.name}{how}, no FP32 master copy{state}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from halfstep.switching.audit import (
     check_wanted,
     has_left,
 )
+from halfstep.switching.between_steps import BetweenSteps
 from halfstep.switching.boundary import enter, leave
 from halfstep.switching.checkpoints import Checkpointed
 from halfstep.switching.communication import compress
@@ -34,9 +35,10 @@ from halfstep.switching.explanation import Explanation
 from halfstep.switching.guard import Guard
 from halfstep.switching.ledger import Ledger
 from halfstep.switching.loss_scale import StepReport
+from halfstep.switching.machinery import Machinery
 from halfstep.switching.module_hooks import call_leaving, has_hooks_after_forward
 from halfstep.switching.naming import describe, parameter_names
-from halfstep.switching.plain import become_half
+from halfstep.switching.plain import become_narrow
 from halfstep.switching.plan import Plan, make_plan
 from halfstep.switching.ranks import Ranks, active_ddp, is_part_of, ranks_of
 from halfstep.switching.region import SMALL, Buckets, Region, check_unwritten, current
@@ -121,23 +123,22 @@ class Switch(Checkpointed):
         self._ranks = Ranks()
         self._buckets = Buckets([])
         self.roles = Roles(self.plan, model)
+        self._between = BetweenSteps(recipe)
         self._back_to_fp32: Callable[[], None] = _nothing
-        self._machinery: list[Callable[[], None]] = []
-        if recipe.optimizer.name == "fp16":
-            self._back_to_fp32 = become_half(model, optimizers)
+        self._machinery = Machinery(self)
+        if recipe.optimizer.name != "fp32":
+            self._back_to_fp32 = become_narrow(model, optimizers, self.plan.low)
         if self.plan.active:
-            self._machinery = [overrides.install(self.plan), engine.install(self._before_backward)]
+            self._machinery.add(overrides.install(self.plan))
+            self._machinery.add(engine.install(self._before_backward))
             if self._scaled:
-                self._machinery.append(hooks.install(self._gate, self._inside))
+                self._machinery.add(hooks.install(self._gate, self._inside))
             if optimizers and self.guarded:
-                self._machinery.append(_watch_steps(weakref.ref(self)))
+                self._machinery.add(_watch_steps(weakref.ref(self)))
             self._adopt(model)
-        _uninstall_dropped()
-        self._when_dropped = weakref.finalize(self, _dropped.append, self._machinery)
-        self._when_dropped.atexit = False
         self._guards = [Guard.over(o, self) for o in optimizers]
         self._find_ranks(None)
-        self.round_masters(p for p in model.parameters())
+        self._between.start(model.parameters())
 
     # -- what a user asks ---------------------------------------------------------------------------
 
@@ -210,13 +211,13 @@ class Switch(Checkpointed):
         self._on = False
         for guard in self._guards:
             guard.leave(self)
+            self._between.leave(guard.optimizer, self.names())
         self.ledger.close()
         self.recorder.clear()
         for module in self._adopted:
             release(module, self)
         self._adopted.clear()
-        self._when_dropped.detach()
-        _call_all(self._machinery)
+        self._machinery.remove()
         self._back_to_fp32()
 
     def on_step(self, callback: Callable[[StepReport], object]) -> Handle:
@@ -258,7 +259,8 @@ class Switch(Checkpointed):
         The keys are those of ``torch.amp.GradScaler``, which may load it, and one more, ``halfstep``.
         """
         self.ledger.settle()
-        return write_state(self._state(), self.recipe) | self.roles.state_dict()
+        state = write_state(self._state(), self.recipe) | self.roles.state_dict()
+        return state | self._between.state_dict(self.names())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``, of a switch or of a ``torch.amp.GradScaler``.
@@ -272,6 +274,7 @@ class Switch(Checkpointed):
         """
         self.ledger.settle()
         read = read_state(state, self.recipe, self._state())
+        self._between.load_state_dict(state, dict(self.model.named_parameters()))
         self.roles.load_state_dict(state)
         self.ledger.set(read.loss_scale)
         self.ledger.steps, self.ledger.skipped_steps = read.steps, read.skipped_steps
@@ -434,18 +437,18 @@ class Switch(Checkpointed):
         return self._ranks.now()
 
     def defers(self) -> bool:
-        """True where a step's outcome may be learnt after it: no rank or master waits for it."""
-        return self.recipe.master.name == "fp32" and not self._ranks
+        """True where a step's outcome may be learnt after it: no rank, weight or state waits for it."""
+        return self._between.idle and not self._ranks
 
-    def round_masters(self, parameters: Iterable[Tensor]) -> None:
-        """Where the recipe has no FP32 masters, round the weights to what it keeps."""
-        if self.recipe.master.name == "fp32" or self.recipe.optimizer.name != "fp32":
-            return
-        own = self.names()
-        with torch.no_grad():
-            for p in parameters:
-                if id(p) in own and p.dtype == torch.float32:
-                    p.copy_(p.half())
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Widen the optimizer state that the recipe keeps in fewer bits."""
+        if self._between.rounds_state:
+            self._between.before(optimizer, self.names())
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Round the weights and the optimizer state to what the recipe keeps."""
+        if not self._between.idle:
+            self._between.after(optimizer, self.names())
 
 
 def _shape(region: Region, out: Any) -> object:
@@ -462,11 +465,6 @@ def _nothing() -> None:
     return None
 
 
-def _call_all(functions: list[Callable[[], None]]) -> None:
-    for function in functions:
-        function()
-
-
 def _watch_steps(of: weakref.ref[Switch]) -> Callable[[], None]:
     """Have every optimizer that steps parameters of a switched model guarded, given to the switch or not."""
 
@@ -476,16 +474,6 @@ def _watch_steps(of: weakref.ref[Switch]) -> Callable[[], None]:
             switch.guard(optimizer)
 
     return register_optimizer_step_pre_hook(before).remove
-
-
-# What was installed for switched models that were dropped without off(). Python may drop them at any
-# allocation, in the middle of an installation too: so it is taken away when the next switch is made.
-_dropped: list[list[Callable[[], None]]] = []
-
-
-def _uninstall_dropped() -> None:
-    while _dropped:
-        _call_all(_dropped.pop())
 
 
 def _check_not_switched(model: nn.Module) -> None:

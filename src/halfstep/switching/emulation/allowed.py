@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from halfstep.errors import SwitchError
-from halfstep.recipe import Recipe, Treatment
+from halfstep.recipe import Recipe, Treatment, Update
 from halfstep.recipe.exceptions import NOTHING_KEPT
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.plan import Executor, PlanRow
@@ -13,6 +13,11 @@ __all__ = ["check", "explain"]
 
 def check(recipe: Recipe) -> None:
     """Raise `SwitchError` for what a recipe says about modules and products that have names."""
+    if recipe.update is not Update.NEAREST or str(recipe.moments) != "fp32":
+        raise SwitchError(
+            f"recipe {recipe}: update={recipe.update.value}, moments={recipe.moments} need state between "
+            "steps that emulate does not keep: use halfstep.switch, or update=nearest and moments=fp32"
+        )
     if recipe.keep != NOTHING_KEPT:
         raise SwitchError(
             f"recipe {recipe} keeps some modules as they are ({recipe.keep}); emulate sees operations and no "

@@ -12,7 +12,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -323,12 +323,15 @@ class Emulation(contextlib.ContextDecorator):
         """Gradients are looked at by each process alone: DDP has summed them before."""
         return Ranks()
 
-    def round_masters(self, parameters: Iterable[Tensor]) -> None:
+    def before_step(self, optimizer: Optimizer) -> None:
+        """State is as the optimizer keeps it."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
         """Round weights that the recipe does not keep in FP32."""
         if self._mode.masters_wide:
             return
         with torch.no_grad():
-            for p in parameters:
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
                 if p.dtype in CARRIERS:
                     p.copy_(self._mode.numbers.master(p))
 
