@@ -5,7 +5,8 @@ import weakref
 import pytest
 
 import twins
-from halfstep.switching.switch import Switch, _uninstall_dropped
+from halfstep.switching.machinery import take_away_dropped
+from halfstep.switching.switch import Switch
 
 
 @pytest.fixture(autouse=True)
@@ -23,4 +24,4 @@ def all_off(monkeypatch):
     for switch in reversed(made):
         if switch() is not None:
             switch().off()
-    _uninstall_dropped()
+    take_away_dropped()

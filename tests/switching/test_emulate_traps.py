@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import halfstep
 from emulated import data, on_grid, small, trained
+from halfstep.errors import SwitchError
 
 # -- the traps ------------------------------------------------------------------------------------------
 

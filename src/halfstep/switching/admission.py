@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -10,7 +13,7 @@ from torch.optim import Optimizer
 from halfstep.errors import OperandError, SwitchError
 from halfstep.recipe import Recipe
 
-__all__ = ["device_of", "optimizers_in"]
+__all__ = ["device_of", "optimizers_in", "uncompiled"]
 
 _NARROW = (torch.float16, torch.bfloat16)
 
@@ -50,3 +53,11 @@ def optimizers_in(optimizer: object) -> list[Optimizer]:
             "give a torch.optim.Optimizer, a list of them, or None"
         )
     return list(given)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile(module)`` was given, where ``model`` is its result; else ``model``."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # not imported: nothing was compiled
+    if compiler is not None and isinstance(model, compiler.OptimizedModule):
+        return cast(nn.Module, model._orig_mod)
+    return model

@@ -33,11 +33,13 @@ class Runner(Protocol):
 class _Call:
     """Stands at a module's ``_call_impl``: opens a region where none is open. A copied module has none."""
 
-    __slots__ = ("inner", "module", "owners", "recurrent")
+    __slots__ = ("compiled", "inner", "module", "owners", "recurrent")
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.inner = type(module)._call_impl.__get__(module)
+        # What model.compile() made before the switch: it would go past this call.
+        self.compiled = module.__dict__.pop("_compiled_call_impl", None)
         self.owners: list[Runner] = []
         self.recurrent = isinstance(module, nn.RNNBase)
 
@@ -46,7 +48,7 @@ class _Call:
         region = current()
         if region is not None and not region.loose:
             return call(*args, **kwargs)
-        return self.owners[0].run(self.module, call, args, kwargs)
+        return _run(self, call, args, kwargs)
 
     def _with_flat_weights(self, *args: Any, **kwargs: Any) -> Any:
         """Recurrent layers keep a list of weights beside ``_parameters``: working copies go there too."""
@@ -62,6 +64,16 @@ class _Call:
     def __reduce__(self) -> Any:
         # What a copied or unpickled module gets: its own class's method. The file names no halfstep.
         return getattr, (self.module, "_call_impl")
+
+
+@torch.compiler.disable(reason="a region of halfstep is opened and run eagerly")
+def _run(of: _Call, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A region of its own. A graph of torch.compile ends before and goes on after it.
+
+    What happens in it depends on the region: on its recipe, its loss scale, its working copies. A graph that
+    was traced in one would be run in another.
+    """
+    return of.owners[0].run(of.module, call, args, kwargs)
 
 
 def _lowered_flat_weights(module: Any) -> dict[str, Any]:
@@ -103,6 +115,8 @@ def release(module: nn.Module, runner: Runner) -> None:
     call.owners.remove(runner)
     if not call.owners:
         del module.__dict__["_call_impl"]
+        if call.compiled is not None:
+            module.__dict__["_compiled_call_impl"] = call.compiled
         forward = module.__dict__.get("forward")
         if isinstance(forward, Forward):
             forward.remove()

@@ -7,12 +7,14 @@ import math
 import operator
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from halfstep import ops
 from halfstep.errors import NonFiniteError
@@ -21,7 +23,7 @@ from halfstep.switching.loss_scale import StepReason
 from halfstep.switching.naming import place_of
 from halfstep.switching.ranks import Ranks, local, shards
 
-__all__ = ["Guard", "Owner"]
+__all__ = ["Guard", "Owner", "Watcher", "watch_steps"]
 
 
 class Owner(Protocol):
@@ -276,6 +278,25 @@ class Guard:
         stand_in.__dict__.update(self.optimizer.__dict__)
         stand_in.param_groups = [{**g, "params": []} for g in self.optimizer.param_groups]
         return stand_in
+
+
+class Watcher(Protocol):
+    """Who guards optimizers that are seen to step."""
+
+    def guard(self, optimizer: Optimizer) -> None:
+        """Guard ``optimizer`` from now on, if it is one to be guarded."""
+        ...
+
+
+def watch_steps(watcher: weakref.ref[Any]) -> Callable[[], None]:
+    """Show ``watcher`` every optimizer about to step, given to a switch or not; returns what ends it."""
+
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        found: Watcher | None = watcher()
+        if found is not None:
+            found.guard(optimizer)
+
+    return register_optimizer_step_pre_hook(before).remove
 
 
 class _Held(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 
-__all__ = ["Machinery"]
+__all__ = ["Machinery", "take_away_dropped"]
 
 # What was installed for switched models that were dropped without off(). Python may drop them at any
 # allocation, in the middle of an installation too: so it is taken away when the next switch is made.
@@ -16,8 +16,7 @@ class Machinery:
     """Functions that take away what was installed for ``owner``, called once."""
 
     def __init__(self, owner: object) -> None:
-        while _dropped:
-            _call_all(_dropped.pop())
+        take_away_dropped()
         self._removers: list[Callable[[], None]] = []
         self._when_dropped = weakref.finalize(owner, _dropped.append, self._removers)
         self._when_dropped.atexit = False
@@ -30,6 +29,12 @@ class Machinery:
         """Take it all away, in the order in which it was installed."""
         self._when_dropped.detach()
         _call_all(self._removers)
+
+
+def take_away_dropped() -> None:
+    """Take away what was installed for models that have been dropped."""
+    while _dropped:
+        _call_all(_dropped.pop())
 
 
 def _call_all(functions: list[Callable[[], None]]) -> None:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from halfstep.errors import OperandError, SwitchError
 from halfstep.recipe import Recipe, ScalingKind
 from halfstep.switching import engine, hooks, overrides
-from halfstep.switching.admission import device_of, optimizers_in
+from halfstep.switching.admission import device_of, optimizers_in, uncompiled
 from halfstep.switching.adoption import Shape, adopt, release, working_dtypes
 from halfstep.switching.audit import (
     Intervals,
@@ -32,7 +31,7 @@ from halfstep.switching.boundary import enter, leave
 from halfstep.switching.checkpoints import Checkpointed
 from halfstep.switching.communication import compress
 from halfstep.switching.explanation import Explanation
-from halfstep.switching.guard import Guard
+from halfstep.switching.guard import Guard, watch_steps
 from halfstep.switching.ledger import Ledger
 from halfstep.switching.loss_scale import StepReport
 from halfstep.switching.machinery import Machinery
@@ -91,8 +90,7 @@ def switch(
     """
     if not isinstance(model, nn.Module):
         raise OperandError(f"switch takes a torch.nn.Module, not a {type(model).__name__}")
-    optimizers = optimizers_in(optimizer)
-    return Switch(model, optimizers, Recipe.parse(recipe))
+    return Switch(uncompiled(model), optimizers_in(optimizer), Recipe.parse(recipe))
 
 
 class Switch(Checkpointed):
@@ -134,7 +132,7 @@ class Switch(Checkpointed):
             if self._scaled:
                 self._machinery.add(hooks.install(self._gate, self._inside))
             if optimizers and self.guarded:
-                self._machinery.add(_watch_steps(weakref.ref(self)))
+                self._machinery.add(watch_steps(weakref.ref(self)))
             self._adopt(model)
         self._guards = [Guard.over(o, self) for o in optimizers]
         self._find_ranks(None)
@@ -171,9 +169,23 @@ class Switch(Checkpointed):
         self.ledger.settle()
         return self._gate.scale
 
-    def was_step_applied(self) -> bool:
-        """True where the last ``optimizer.step()`` changed the weights."""
-        return self.last_step.applied
+    def was_step_applied(self, optimizer: Optimizer | None = None) -> bool:
+        """True where the last ``optimizer.step()`` changed the weights; ``optimizer``: of this one only.
+
+        Of one optimizer it is True before its first step: nothing was skipped.
+
+        Raises:
+            OperandError: it is none of the switch's optimizers.
+        """
+        if optimizer is None:
+            return self.last_step.applied
+        guard = next((g for g in self._guards if g.optimizer is optimizer), None)
+        if guard is None:
+            raise OperandError(
+                f"was_step_applied takes one of the switch's optimizers, not a {type(optimizer).__name__} "
+                "of another"
+            )
+        return guard.was_step_applied()
 
     def explain(self) -> Explanation:
         """A table: each kind of operation, whether it runs natively or emulated here, and why."""
@@ -463,17 +475,6 @@ def _has_graph(value: Any) -> bool:
 
 def _nothing() -> None:
     return None
-
-
-def _watch_steps(of: weakref.ref[Switch]) -> Callable[[], None]:
-    """Have every optimizer that steps parameters of a switched model guarded, given to the switch or not."""
-
-    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        switch = of()
-        if switch is not None:
-            switch.guard(optimizer)
-
-    return register_optimizer_step_pre_hook(before).remove
 
 
 def _check_not_switched(model: nn.Module) -> None:
