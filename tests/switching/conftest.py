@@ -5,6 +5,7 @@ import weakref
 import pytest
 
 import twins
+from halfstep.switching import facades
 from halfstep.switching.machinery import take_away_dropped
 from halfstep.switching.switch import Switch
 
@@ -25,3 +26,4 @@ def all_off(monkeypatch):
         if switch() is not None:
             switch().off()
     take_away_dropped()
+    facades.take_away()

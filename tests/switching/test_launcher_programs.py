@@ -127,7 +127,7 @@ def test_a_program_without_torch_does_not_load_it():
         (["missing.py"], "there is no file missing.py; give a script, or -m and a module"),
         (
             ["--recipe", "fp61", "leaving.py"],
-            "unknown recipe 'fp61'; did you mean fp16 or fp32 or bf16?",
+            "unknown recipe 'fp61'; did you mean fp16 or mxfp6 or fp8?",
         ),
         (
             ["--report", "no/such/page.html", "leaving.py"],

@@ -155,12 +155,21 @@ def _theirs(entries: list[types.TracebackType], error: BaseException) -> list[ty
     else:
         kernels = (k for k, e in enumerate(entries) if e.tb_frame.f_code.co_filename == _KERNELS)
         entries = entries[: next(kernels, kept)]
-    theirs = [entry for entry in entries[:kept] if not _is_ours(entry)]
+    theirs = [
+        entry
+        for k, entry in enumerate(entries[:kept])
+        if not (_is_ours(entry) or (k and _is_ours(entries[k - 1]) and _is_compilers(entry)))
+    ]
     return [*theirs, *entries[kept:]]
 
 
 def _is_ours(entry: types.TracebackType) -> bool:
     return entry.tb_frame.f_code.co_filename.startswith(_OURS)
+
+
+def _is_compilers(entry: types.TracebackType) -> bool:
+    """True for what `torch.compiler.disable` puts above a function."""
+    return entry.tb_frame.f_code.co_filename.endswith("_dynamo/eval_frame.py")
 
 
 def _entries(traceback: types.TracebackType | None) -> list[types.TracebackType]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -48,7 +49,7 @@ class _Call:
         region = current()
         if region is not None and not region.loose:
             return call(*args, **kwargs)
-        return _run(self, call, args, kwargs)
+        return _runner()(self, call, args, kwargs)
 
     def _with_flat_weights(self, *args: Any, **kwargs: Any) -> Any:
         """Recurrent layers keep a list of weights beside ``_parameters``: working copies go there too."""
@@ -66,7 +67,6 @@ class _Call:
         return getattr, (self.module, "_call_impl")
 
 
-@torch.compiler.disable(reason="a region of halfstep is opened and run eagerly")
 def _run(of: _Call, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A region of its own. A graph of torch.compile ends before and goes on after it.
 
@@ -74,6 +74,19 @@ def _run(of: _Call, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     was traced in one would be run in another.
     """
     return of.owners[0].run(of.module, call, args, kwargs)
+
+
+# `_run` as torch.compile leaves it alone; made when that is in use, since it takes a second to import.
+_disabled: list[Callable[..., Any]] = []
+
+
+def _runner() -> Callable[..., Any]:
+    if "torch._dynamo" not in sys.modules:
+        return _run
+    if not _disabled:
+        reason = "a region of halfstep is opened and run eagerly"
+        _disabled.append(torch.compiler.disable(_run, reason=reason))
+    return _disabled[0]
 
 
 def _lowered_flat_weights(module: Any) -> dict[str, Any]:

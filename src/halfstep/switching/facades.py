@@ -29,7 +29,7 @@ from halfstep.switching.plan import make_plan
 from halfstep.switching.region import SINGLES, Region, current
 from halfstep.switching.roles import Roles
 
-__all__ = ["GradScaler", "autocast"]
+__all__ = ["GradScaler", "autocast", "take_away"]
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -266,6 +266,13 @@ def _region(device: str, recipe: str) -> Region:
         _kept[device, recipe] = [overrides.install(plan), engine.install(_checkpoints.before)]
     roles = Roles(plan, nn.Module())
     return Region(plan, Gate(1.0), False, SINGLES, _checkpoints.audit, roles, loose=True)
+
+
+def take_away() -> None:
+    """Take away the kernels that `autocast` has left installed; call it outside of any."""
+    while _kept:
+        for remove in _kept.popitem()[1]:
+            remove()
 
 
 class _Checkpoints:

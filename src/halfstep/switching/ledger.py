@@ -139,7 +139,12 @@ class Ledger:
         if (self._overflows + 1) % _SUSPICIOUS:
             return
         finding = self.locate()
-        if finding.phase in ("weights", "data", "forward", "loss"):
+        blamed = {"weights", "data", "forward"}
+        if self._concerned() == [
+            self
+        ]:  # else another model's scale may have made what came to our output
+            blamed.add("loss")
+        if finding.phase in blamed:
             raise NonFiniteError(
                 f"gradients are not finite for {_SUSPICIOUS} steps, and the loss scale is not to blame: "
                 f"{finding}. The step was not applied",
