@@ -39,6 +39,12 @@ def compress(ddp: DistributedDataParallel, numbers: str, gate: Gate) -> None:
     def hook(state, bucket):  # torch compares annotations with its own: there are none
         scale = gate.scale if dtype is torch.float16 else 1.0
         sent = bucket.buffer().mul(scale / size).to(dtype)
+        if not sent.is_cuda:
+            # Waited for: continuations run Python on a thread of gloo's; one run in eight aborted with them.
+            dist.all_reduce(sent, group=group)
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer().copy_(sent).div_(scale))
+            return done
         reduced = dist.all_reduce(sent, group=group, async_op=True).get_future()  # pyright: ignore
 
         def widened(future: torch.futures.Future[list[Tensor]]) -> Tensor:
