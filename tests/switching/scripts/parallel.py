@@ -155,7 +155,13 @@ def check(kind, folder):
     model, optimizer, switch = spread(kind, seed=1)
     assert switch.resume(path).more == {"epoch": 1}
     assert switch.loss_scale == 4096
-    assert all(map(torch.equal, step(), then))
+    if ranks == 2:
+        assert all(map(torch.equal, step(), then))
+    else:
+        # DistributedDataParallel forms its buckets anew after a first backward; the order in which gloo adds
+        # three numbers follows from their places in them: of a step of lr = 0.01, a thousandth.
+        for got, want in zip(step(), then, strict=True):
+            torch.testing.assert_close(got, want, rtol=0.0, atol=1e-5)
     switch.off()
     if kind == "fully_shard":  # and by one process, without any group
         assert_plain(path, reference, before)
