@@ -41,9 +41,8 @@ def _pick_gemm() -> Callable[[Tensor, Tensor], Tensor]:
         return F.linear
 
     def gemm(a: Tensor, b: Tensor) -> Tensor:
-        plain = (
-            type(a) is Tensor and type(b) is Tensor
-        )  # no DTensor, which has no rule for that one
+        # A DTensor has no rule for oneDNN's.
+        plain = type(a) is Tensor and type(b) is Tensor
         if not plain or a.device.type != "cpu" or a.numel() * b.size(0) < _TINY:
             return F.linear(a, b)
         return linear(a, b, None, "none", [], "")
