@@ -21,7 +21,7 @@ from halfstep.errors import HalfstepError
 __all__ = ["run_program", "when_loaded"]
 
 _OURS = str(Path(halfstep.__file__).parent) + os.sep
-_KERNELS = _OURS + str(Path("switching", "overrides.py"))
+_KERNELS = tuple(_OURS + str(Path("switching", name)) for name in ("overrides.py", "unlisted.py"))
 
 
 def run_program(
@@ -153,7 +153,7 @@ def _theirs(entries: list[types.TracebackType], error: BaseException) -> list[ty
         while kept and _is_ours(entries[kept - 1]):
             kept -= 1
     else:
-        kernels = (k for k, e in enumerate(entries) if e.tb_frame.f_code.co_filename == _KERNELS)
+        kernels = (k for k, e in enumerate(entries) if e.tb_frame.f_code.co_filename in _KERNELS)
         entries = entries[: next(kernels, kept)]
     theirs = [
         entry

@@ -20,10 +20,11 @@ from torch.optim import Optimizer
 from halfstep import ops
 from halfstep.errors import NonFiniteError, OperandError, SwitchError
 from halfstep.recipe import Recipe
-from halfstep.switching import engine, overrides
+from halfstep.switching import engine, overrides, unlisted
 from halfstep.switching.boundary import Gate
 from halfstep.switching.ledger import not_finite_at_floor
 from halfstep.switching.loss_scale import StepReason, StepReport
+from halfstep.switching.met import Met
 from halfstep.switching.naming import place_of
 from halfstep.switching.plan import make_plan
 from halfstep.switching.region import SINGLES, Region, current
@@ -256,6 +257,7 @@ class autocast(torch.autocast):  # noqa: N801 - torch's name
 
 
 _RECIPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_met = Met()
 _kept: dict[tuple[str, str], list[Callable[[], None]]] = {}
 
 
@@ -263,9 +265,13 @@ def _region(device: str, recipe: str) -> Region:
     """A region without a boundary: nothing is scaled in it, gradients come out as they are."""
     plan = make_plan(Recipe.parse(recipe), device)
     if (device, recipe) not in _kept:
-        _kept[device, recipe] = [overrides.install(plan), engine.install(_checkpoints.before)]
+        _kept[device, recipe] = [
+            overrides.install(plan),
+            unlisted.install(plan),
+            engine.install(_checkpoints.before),
+        ]
     roles = Roles(plan, nn.Module())
-    return Region(plan, Gate(1.0), False, SINGLES, _checkpoints.audit, roles, loose=True)
+    return Region(plan, Gate(1.0), False, SINGLES, _checkpoints.audit, roles, _met, loose=True)
 
 
 def take_away() -> None:

@@ -33,6 +33,7 @@ from halfstep.recipe import Recipe
 from halfstep.switching import engine
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.loss_scale import StepReport
+from halfstep.switching.met import Met
 from halfstep.switching.plan import make_plan
 from halfstep.switching.region import current
 from halfstep.switching.run_summary import LeftAlone, ModelRun, RunSummary, SkippedStep
@@ -59,6 +60,7 @@ class _Run:
         self.optimizers: tuple[str, ...] = ()
         self.steps = 0
         self.skipped = 0
+        self.mets: list[Met] = []
         self.scales: list[tuple[int, float]] = []
         self.skips: list[SkippedStep] = []
         self.model = weakref.ref(model)
@@ -68,6 +70,7 @@ class _Run:
         """Count the steps of ``made`` from now on."""
         self.switch = weakref.ref(made)
         self.device = made.plan.device
+        self.mets.append(made.met)
         self.optimizers = tuple(type(o).__name__ for o in made.optimizers)
         made.on_step(self._note)
 
@@ -276,6 +279,9 @@ class Launcher:
         """What the script has come to so far."""
         models = tuple(run.frozen() for run in self._runs)
         devices = dict.fromkeys(model.device for model in models)
+        met = Met()
+        for one in (one for run in self._runs for one in run.mets):
+            met.take(one)
         return RunSummary(
             recipe=str(self.recipe),
             models=models,
@@ -284,6 +290,7 @@ class Launcher:
                 Explanation(recipe=str(self.recipe), device=d, rows=make_plan(self.recipe, d).rows)
                 for d in devices
             ),
+            unlisted=met.found,
             backwards=self._backwards,
             autocast=self._precision.autocast,
             grad_scaler=self._precision.grad_scaler,

@@ -26,12 +26,12 @@ from halfstep.switching.plan import Plan
 from halfstep.switching.recurrent import recurrent_layers
 from halfstep.switching.region import Region, current
 
-__all__ = ["autocast", "install"]
+__all__ = ["KEYS", "NARROW", "Below", "autocast", "cast_all", "install", "widen"]
 
-_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
-_NARROW = (torch.float16, torch.bfloat16)
+KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+NARROW = (torch.float16, torch.bfloat16)
 # All else (FP64, complex numbers, integers) goes its own way, as in torch.autocast.
-_CASTABLE = (*_NARROW, torch.float32)
+_CASTABLE = (*NARROW, torch.float32)
 
 # Those of the FP32 class whose own 16-bit kernels compute in FP32: nothing to cast where 16 bits are written.
 _WIDE_INSIDE = frozenset(("layer_norm", "group_norm", "softmax", "log_softmax"))
@@ -89,13 +89,13 @@ def autocast(plan: Plan) -> Iterator[None]:
 
 def _register(device: str, layer: str) -> Library:
     library = Library("aten", "IMPL")
-    key = _KEYS[device]
+    key = KEYS[device]
     theirs = frozenset(torch._C._dispatch_get_registrations_for_dispatch_key(key))
     for name in _names_of(layer, theirs):
         op = overload(name)
         if op is None:
             continue
-        below = _Below(op, key, theirs)
+        below = Below(op, key, theirs)
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
@@ -142,7 +142,7 @@ def _names_of(layer: str, theirs: frozenset[str]) -> list[str]:
 _Kernel = Callable[..., Any]
 
 
-def _by_class(name: str, below: _Below) -> _Kernel:
+def _by_class(name: str, below: Below) -> _Kernel:
     """A kernel that does what the open region's policy says of the operation; torch's own outside."""
     makers = _MAKERS | {OpClass.DOT: _attention} if name == _ATTENTION else _MAKERS
     latest: tuple[OpPolicy | None, _Kernel] = (None, _own(below))
@@ -162,7 +162,7 @@ def _by_class(name: str, below: _Below) -> _Kernel:
     return kernel
 
 
-class _Below:
+class Below:
     """How a call goes on below the Autocast key: as torch itself would, or with autocast shut out."""
 
     __slots__ = ("_after", "_key_set", "_torch_kernel", "op")
@@ -204,18 +204,20 @@ def _cast(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _cast_all(
+def cast_all(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with ``change`` done to the tensors, those in lists too."""
     args = tuple([_cast(a, change) for a in args])
     return args, ({k: _cast(v, change) for k, v in kwargs.items()} if kwargs else kwargs)
 
 
-def _widen(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in _NARROW else t
+def widen(t: Tensor) -> Tensor:
+    """FP32 for 16 bits; others as they are."""
+    return t.float() if t.dtype in NARROW else t
 
 
-def _wide(below: _Below) -> _Kernel:
+def _wide(below: Below) -> _Kernel:
     computes_wide = below.op._schema.name.removeprefix("aten::") in _WIDE_INSIDE
 
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -225,7 +227,7 @@ def _wide(below: _Below) -> _Kernel:
         narrow = region.plan.narrow_writes and isinstance(args[0], Tensor) and args[0].dtype == low
         if narrow and computes_wide:
             return below.whole(args, kwargs)
-        args, kwargs = _cast_all(args, kwargs, _widen)
+        args, kwargs = cast_all(args, kwargs, widen)
         out = below.whole(args, kwargs)
         if narrow and isinstance(out, Tensor) and out.dim() and out.dtype == torch.float32:
             return out.to(low)
@@ -238,21 +240,21 @@ def _is_ours(t: object) -> bool:
     return isinstance(t, Tensor) and t.dtype in _CASTABLE
 
 
-def _dot(below: _Below) -> _Kernel:
+def _dot(below: Below) -> _Kernel:
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         emulator = region.emulator
         if region.roled is not None and not region.keeps(*args) and _is_ours(args[0]):
             with below.shut():
                 return dot_by_role(region.roled, below.op, args, kwargs)
         if not region.plan.emulate_dots:
-            args, kwargs = _cast_all(args, kwargs, emulator.lowered)
+            args, kwargs = cast_all(args, kwargs, emulator.lowered)
             return below.whole(args, kwargs)
         if not _is_ours(args[0]):
             return below.whole(args, kwargs)
 
         def carried() -> Tensor:
             carriers = Carriers(emulator)
-            wide_args, wide_kwargs = _cast_all(args, kwargs, carriers.of)
+            wide_args, wide_kwargs = cast_all(args, kwargs, carriers.of)
             with carriers.kept_low():
                 return below.op(*wide_args, **wide_kwargs)
 
@@ -262,56 +264,56 @@ def _dot(below: _Below) -> _Kernel:
     return kernel
 
 
-def _mixed(below: _Below) -> _Kernel:
+def _mixed(below: Below) -> _Kernel:
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not region.plan.wide_operations:
             return below.as_torch(keys, args, kwargs)
-        rest, kwargs = _cast_all(args[1:], kwargs, _widen)
+        rest, kwargs = cast_all(args[1:], kwargs, widen)
         return below.parts(keys, (args[0], *rest), kwargs)
 
     return kernel
 
 
-def _into(below: _Below) -> _Kernel:
+def _into(below: Below) -> _Kernel:
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         dtype = args[0].dtype
-        if not (dtype in _NARROW or dtype == torch.float32):
+        if not (dtype in NARROW or dtype == torch.float32):
             return below.as_torch(keys, args, kwargs)
 
         def fitting(t: Tensor) -> Tensor:
-            return t.to(dtype) if t.dtype in _NARROW or t.dtype == torch.float32 else t
+            return t.to(dtype) if t.dtype in NARROW or t.dtype == torch.float32 else t
 
-        rest, kwargs = _cast_all(args[1:], kwargs, fitting)
+        rest, kwargs = cast_all(args[1:], kwargs, fitting)
         return below.parts(keys, (args[0], *rest), kwargs)
 
     return kernel
 
 
-def _parts(below: _Below) -> _Kernel:
+def _parts(below: Below) -> _Kernel:
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = _cast_all(args, kwargs, region.emulator.lowered)
+        args, kwargs = cast_all(args, kwargs, region.emulator.lowered)
         return below.parts(keys, args, kwargs)
 
     return kernel
 
 
-def _promoted(below: _Below) -> _Kernel:
+def _promoted(below: Below) -> _Kernel:
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         seen: list[Tensor] = []
-        _cast_all(args, kwargs, lambda t: seen.append(t) or t)
+        cast_all(args, kwargs, lambda t: seen.append(t) or t)
         if any(t.dtype == torch.float32 for t in seen):
-            args, kwargs = _cast_all(args, kwargs, _widen)
+            args, kwargs = cast_all(args, kwargs, widen)
             return below.whole(args, kwargs)
         return below.parts(keys, args, kwargs)
 
     return kernel
 
 
-def _attention(below: _Below) -> _Kernel:
+def _attention(below: Below) -> _Kernel:
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         by_role = region.roled is not None and not region.keeps()
         if not (by_role or region.plan.emulate_dots):
-            args, kwargs = _cast_all(args, kwargs, region.emulator.lowered)
+            args, kwargs = cast_all(args, kwargs, region.emulator.lowered)
             return below.as_torch(keys, args, kwargs)
         with below.shut():
             return attention((by_role and region.roled) or region.emulator, *args, **kwargs)
@@ -319,12 +321,12 @@ def _attention(below: _Below) -> _Kernel:
     return kernel
 
 
-def _recurrent(below: _Below) -> _Kernel:
+def _recurrent(below: Below) -> _Kernel:
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         params = args[3] if below.op._overloadname == "data" else args[2]
         by_role = region.roled is not None and not region.keeps(*params)
         if not (by_role or region.plan.emulate_dots):
-            args, kwargs = _cast_all(args, kwargs, region.emulator.lowered)
+            args, kwargs = cast_all(args, kwargs, region.emulator.lowered)
             return below.parts(keys, args, kwargs)
         emulator = (by_role and region.roled) or region.emulator
         with below.shut():
@@ -333,14 +335,14 @@ def _recurrent(below: _Below) -> _Kernel:
     return kernel
 
 
-def _own(below: _Below) -> _Kernel:
+def _own(below: Below) -> _Kernel:
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return below.whole(args, kwargs)
 
     return kernel
 
 
-_MAKERS: dict[OpClass, Callable[[_Below], _Kernel]] = {
+_MAKERS: dict[OpClass, Callable[[Below], _Kernel]] = {
     OpClass.DOT: _dot,
     OpClass.DOTS: _parts,
     OpClass.RECURRENT: _recurrent,

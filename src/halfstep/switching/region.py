@@ -20,6 +20,7 @@ from halfstep.errors import SwitchError
 from halfstep.switching import fast_path
 from halfstep.switching.boundary import Gate, lower_many
 from halfstep.switching.emulated import Emulator
+from halfstep.switching.met import Met
 from halfstep.switching.plan import Plan
 from halfstep.switching.ranks import is_sharded
 from halfstep.switching.roles import Roles
@@ -129,6 +130,7 @@ class Region:
         "last_node",
         "loose",
         "lowers_through_boundary",
+        "met",
         "plan",
         "roled",
         "roles",
@@ -144,12 +146,14 @@ class Region:
         buckets: Buckets,
         audit: Audit,
         roles: Roles,
+        met: Met,
         *,
         loose: bool = False,
     ) -> None:
         self.plan = plan
         self.loose = loose
         """Of no model: a switched one that is called in it opens a region of its own."""
+        self.met = met
         self.gate = gate
         self.audit = audit
         # At scale 1 a plain cast is a boundary: torch's own node turns the gradient to FP32.
@@ -284,6 +288,7 @@ class Region:
             SINGLES,
             self.audit,
             self.roles,
+            self.met,
             loose=self.loose,
         )
 

@@ -20,6 +20,7 @@ from halfstep.recipe import Recipe
 from halfstep.switching import overrides
 from halfstep.switching.boundary import Gate, leave
 from halfstep.switching.inspection import Finding, Inspection, first_bad_row, is_finite
+from halfstep.switching.met import Met
 from halfstep.switching.plan import Plan, make_plan
 from halfstep.switching.region import SINGLES, Region
 from halfstep.switching.roles import Roles
@@ -223,7 +224,7 @@ def _run(
     """One forward and backward; what the inspection found, and whether all that came out is finite."""
     model = run.model
     roles = run.roles if plan is run.plan else Roles(plan, model)
-    region = Region(plan, Gate(scale), True, SINGLES, _no_audit, roles)
+    region = Region(plan, Gate(scale), True, SINGLES, _no_audit, roles, Met())
     # As `Switch.run` has it: inputs are rounded where every tensor of the region is.
     narrow = plan.active and (plan.narrow_writes or not plan.wide_operations)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfstep.switching.explanation import Explanation
+from halfstep.switching.met import Handling, described
 
 __all__ = ["LeftAlone", "ModelRun", "RunSummary", "SkippedStep"]
 
@@ -75,6 +76,8 @@ class RunSummary:
     left: tuple[LeftAlone, ...]
     explanations: tuple[Explanation, ...]
     """One a device: which operations run natively, which emulated, which in FP32."""
+    unlisted: dict[str, Handling]
+    """Operations in no list (a library's own) that the models called, and what was done with them."""
     backwards: int
     """Calls of ``backward()`` and ``torch.autograd.grad``, whatever model they were of."""
     autocast: bool
@@ -87,6 +90,7 @@ class RunSummary:
             executors = [_executors(explanation) for explanation in self.explanations]
             lines = [f"recipe {self.recipe}, {'; '.join(executors)}", *self._model_lines()]
             lines.append(_count(self.backwards, "backward pass", "backward passes"))
+            lines += [described(self.unlisted)] if self.unlisted else []
         elif self.left:
             lines = ["nothing was switched"]
         else:
@@ -104,6 +108,7 @@ class RunSummary:
         for explanation in record["explanations"]:
             for row in explanation["rows"]:
                 row["executor"] = row["executor"].value
+        record["unlisted"] = {name: how.value for name, how in self.unlisted.items()}
         return record
 
     def _model_lines(self) -> list[str]:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from halfstep.errors import OperandError, SwitchError
 from halfstep.recipe import Recipe, ScalingKind
-from halfstep.switching import engine, hooks, overrides
+from halfstep.switching import engine, hooks, overrides, unlisted
 from halfstep.switching.admission import device_of, optimizers_in, uncompiled
 from halfstep.switching.adoption import Shape, adopt, release, working_dtypes
 from halfstep.switching.audit import (
@@ -35,6 +35,7 @@ from halfstep.switching.guard import Guard, watch_steps
 from halfstep.switching.ledger import Ledger
 from halfstep.switching.loss_scale import StepReport
 from halfstep.switching.machinery import Machinery
+from halfstep.switching.met import Met
 from halfstep.switching.module_hooks import call_leaving, has_hooks_after_forward
 from halfstep.switching.naming import describe, parameter_names
 from halfstep.switching.plain import become_narrow
@@ -121,6 +122,8 @@ class Switch(Checkpointed):
         self._ranks = Ranks()
         self._buckets = Buckets([])
         self.roles = Roles(self.plan, model)
+        self.met = Met()
+        """Operations in no list that the model has called."""
         self._between = BetweenSteps(recipe)
         self._back_to_fp32: Callable[[], None] = _nothing
         self._machinery = Machinery(self)
@@ -128,6 +131,7 @@ class Switch(Checkpointed):
             self._back_to_fp32 = become_narrow(model, optimizers, self.plan.low)
         if self.plan.active:
             self._machinery.add(overrides.install(self.plan))
+            self._machinery.add(unlisted.install(self.plan))
             self._machinery.add(engine.install(self._before_backward))
             if self._scaled:
                 self._machinery.add(hooks.install(self._gate, self._inside))
@@ -189,7 +193,8 @@ class Switch(Checkpointed):
 
     def explain(self) -> Explanation:
         """A table: each kind of operation, whether it runs natively or emulated here, and why."""
-        return Explanation(recipe=str(self.recipe), device=self.plan.device, rows=self.plan.rows)
+        rows = (*self.plan.rows, *self.met.rows(self.plan))
+        return Explanation(recipe=str(self.recipe), device=self.plan.device, rows=rows)
 
     def outside(self, activation: Tensor) -> Tensor:
         """``activation``, captured inside forward, as an FP32 tensor that may be used outside of the model.
@@ -231,6 +236,7 @@ class Switch(Checkpointed):
         self._adopted.clear()
         self._machinery.remove()
         self._back_to_fp32()
+        self.met.name()
 
     def on_step(self, callback: Callable[[StepReport], object]) -> Handle:
         """Have ``callback(report)`` called after each step, until ``remove()`` of the handle is.
@@ -308,13 +314,16 @@ class Switch(Checkpointed):
     ) -> Any:
         """``call(*args, **kwargs)`` of ``module`` inside a region of its own."""
         self.ledger.settle()
+        unlisted.look()
         self._check_device(module)
         ddp = active_ddp()
         if ddp is not self._ddp and ddp is not None:  # it was put around a switched model
             self._find_ranks(ddp)
         changed = self._readopt(module)
         audit = functools.partial(self._audit, module)
-        region = Region(self.plan, self._gate, self._scaled, self._buckets, audit, self.roles)
+        region = Region(
+            self.plan, self._gate, self._scaled, self._buckets, audit, self.roles, self.met
+        )
         if torch.is_grad_enabled():
             self.roles.begin_step()
         noted = None
