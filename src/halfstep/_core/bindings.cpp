@@ -22,13 +22,9 @@ void bind_dot(nb::module_& m);
 using namespace halfstep;
 
 void bind_blocks(nb::module_& m);
+void bind_step(nb::module_& m);
 
 namespace {
-
-// Elements that a thread takes at a time, and the bytes from which an output that is not in a
-// cache anyway is written past them; both measured, see docs/decisions/0011.
-constexpr std::size_t grain = std::size_t(1) << 16;
-constexpr std::size_t stream_from = std::size_t(1) << 22;
 
 void round_to(std::uintptr_t x, int x_carrier, std::uintptr_t out, int out_carrier, bool in_float64,
               std::size_t n, const Grid& grid, int rounding, std::uint32_t key_low,
@@ -41,26 +37,6 @@ void round_to(std::uintptr_t x, int x_carrier, std::uintptr_t out, int out_carri
   const Key key{key_low, key_high, key_used};
   parallel_for(n, grain, threads, [&](std::size_t begin, std::size_t end) {
     kernels->round_to(arrays, begin, end, grid, Rounding(rounding), key, stream);
-  });
-}
-
-// f(array, begin, end) over all arrays as if they were one: many small ones need no thread each.
-template <class F>
-void over_arrays(const std::vector<std::size_t>& sizes, int threads, const F& f) {
-  struct Piece {
-    std::size_t array, begin, end;
-  };
-  std::vector<Piece> pieces;
-  for (std::size_t array = 0; array < sizes.size(); ++array) {
-    if (sizes[array] < grain) {
-      f(array, std::size_t(0), sizes[array]);
-      continue;
-    }
-    for (std::size_t begin = 0; begin < sizes[array]; begin += grain)
-      pieces.push_back({array, begin, std::min(sizes[array], begin + grain)});
-  }
-  parallel_for(pieces.size(), 1, threads, [&](std::size_t begin, std::size_t end) {
-    for (std::size_t i = begin; i < end; ++i) f(pieces[i].array, pieces[i].begin, pieces[i].end);
   });
 }
 
@@ -130,6 +106,7 @@ NB_MODULE(_core, m) {
 
   bind_units(m);
   bind_blocks(m);
+  bind_step(m);
 
   m.def("instruction_sets", &instruction_sets, "Those that this processor has, best first.");
   m.def("instruction_set", [] { return std::string(kernels_in_use().load()->name); },

@@ -25,6 +25,17 @@ inline std::uint16_t narrow_half(float number) {  // of one that a half can be
   return std::uint16_t(sign | word_of(scaled) >> 13);
 }
 
+inline std::uint16_t round_half(float number) {  // to nearest, ties to even
+  const std::uint32_t bits = word_of(number);
+  const std::uint32_t sign = bits >> 16 & 0x8000u;
+  const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return std::uint16_t(sign | 0x7E00u | (magnitude >> 13 & 0x3FFu));
+  if (magnitude >= 0x477FF000u) return std::uint16_t(sign | 0x7C00u);
+  if (magnitude < 0x38800000u)  // the spacing of subnormal halves is that of floats from 1/2 on
+    return std::uint16_t(sign | (word_of(float_of(magnitude) + 0.5f) - 0x3F000000u));
+  return std::uint16_t(sign | (magnitude + 0xFFFu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13);
+}
+
 void to_float32(const void* x, Carrier carrier, float* to, std::size_t n) {
   const auto* from = static_cast<const std::uint16_t*>(x);
   if (carrier == Carrier::bfloat16) {

@@ -6,6 +6,7 @@
 #include "dot_fast.hpp"
 #include "dot_lanes_avx2.hpp"
 #include "round.hpp"
+#include "step.hpp"
 #include "widen.hpp"
 #include "fixed.hpp"
 #include "units.hpp"
@@ -21,6 +22,8 @@ const Kernels avx2_kernels = {
     dequantize_blocks<Avx2Lanes>,
     top_magnitude<Avx2Lanes>,
     dot_fast<Avx2Dot>,
+    adam<Avx2Lanes>,
+    sgd<Avx2Lanes>,
 };
 
 const UnitKernel avx2_unit = {"avx2", unit_task<Vectors32>, fixed_tasks};

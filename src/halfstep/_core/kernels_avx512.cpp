@@ -6,6 +6,7 @@
 #include "dot_fast.hpp"
 #include "dot_lanes_avx512.hpp"
 #include "round.hpp"
+#include "step.hpp"
 #include "widen.hpp"
 #include "fixed.hpp"
 #include "units.hpp"
@@ -21,6 +22,8 @@ const Kernels avx512_kernels = {
     dequantize_blocks<Avx512Lanes>,
     top_magnitude<Avx512Lanes>,
     dot_fast<Avx512Dot>,
+    adam<Avx512Lanes>,
+    sgd<Avx512Lanes>,
 };
 
 const UnitKernel avx512_unit = {"avx512", unit_task<Vectors64>, fixed_tasks};

@@ -4,6 +4,7 @@
 #include "count.hpp"
 #include "dot_careful.hpp"
 #include "round.hpp"
+#include "step.hpp"
 #include "widen.hpp"
 #include "fixed.hpp"
 #include "units.hpp"
@@ -19,6 +20,8 @@ const Kernels portable_kernels = {
     dequantize_blocks<Portable32>,
     top_magnitude<Portable32>,
     dot_careful,
+    adam<Portable32>,
+    sgd<Portable32>,
 };
 
 const UnitKernel portable_unit = {"portable", unit_task<Vectors16>, fixed_tasks};

@@ -72,6 +72,26 @@ struct Avx2Lanes {
   static Float least(Float a, Float b) { return _mm256_min_ps(a, b); }
   static Float most(Float a, Float b) { return _mm256_max_ps(a, b); }
   static Float over(Float a, Float b) { return _mm256_div_ps(a, b); }
+  static Float fused(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static Float root(Float a) { return _mm256_sqrt_ps(a); }
+
+  using Words = __m128i;
+  static Words load_words(const std::uint16_t* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  }
+  static void store_words(std::uint16_t* p, Words w) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), w);
+  }
+  static void stream_words(std::uint16_t* p, Words w) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), w);
+  }
+  static Words pack(Bits a) {
+    return _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  }
+  static Bits unpack(Words w) { return _mm256_cvtepu16_epi32(w); }
+  static Words halves(Float a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+  static Float of_halves(Words w) { return _mm256_cvtph_ps(w); }
+
   static Bits load_bytes(const std::uint8_t* p) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }

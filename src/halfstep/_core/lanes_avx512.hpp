@@ -59,6 +59,24 @@ struct Avx512Lanes {
   static Float least(Float a, Float b) { return _mm512_min_ps(a, b); }
   static Float most(Float a, Float b) { return _mm512_max_ps(a, b); }
   static Float over(Float a, Float b) { return _mm512_div_ps(a, b); }
+  static Float fused(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Float root(Float a) { return _mm512_sqrt_ps(a); }
+
+  using Words = __m256i;
+  static Words load_words(const std::uint16_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static void store_words(std::uint16_t* p, Words w) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w);
+  }
+  static void stream_words(std::uint16_t* p, Words w) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), w);
+  }
+  static Words pack(Bits a) { return _mm512_cvtepi32_epi16(a); }
+  static Bits unpack(Words w) { return _mm512_cvtepu16_epi32(w); }
+  static Words halves(Float a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+  static Float of_halves(Words w) { return _mm512_cvtph_ps(w); }
+
   static Bits load_bytes(const std::uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }

@@ -1,9 +1,11 @@
 // One lane in plain C++, for 32 and for 64 bits. The other lanes_*.hpp have the same members.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "carriers.hpp"
 #include "types.hpp"
 
 namespace halfstep {
@@ -73,6 +75,19 @@ struct PortableLanes {
   static Float least(Float a, Float b) { return a < b ? a : b; }
   static Float most(Float a, Float b) { return a > b ? a : b; }
   static Float over(Float a, Float b) { return a / b; }
+  static Float fused(Float a, Float b, Float c) { return std::fma(a, b, c); }  // a b + c, rounded once
+  static Float root(Float a) { return std::sqrt(a); }
+
+  // 16-bit numbers, as many as there are lanes
+  using Words = std::uint16_t;
+  static Words load_words(const std::uint16_t* p) { return *p; }
+  static void store_words(std::uint16_t* p, Words w) { *p = w; }
+  static void stream_words(std::uint16_t* p, Words w) { *p = w; }
+  static Words pack(Bits a) { return Words(a); }  // of words below 2^16
+  static Bits unpack(Words w) { return w; }
+  static Words halves(Float a) { return round_half(a); }  // to nearest
+  static Float of_halves(Words w) { return FromFloat16::widen(w); }
+
   static Bits load_bytes(const std::uint8_t* p) { return *p; }  // one for each lane
   static void store_bytes(std::uint8_t* p, Bits a) { *p = std::uint8_t(a); }  // of words below 256
 

@@ -144,6 +144,43 @@ struct BlockArrays {
   bool stream;               // write out past the caches
 };
 
+// What an optimizer's step does to each element; halfstep.ops.stepping says it in formulas.
+struct AdamRule {
+  float scale;  // of the gradients, which are divided by it
+  bool maximize;
+  bool penalizes;  // adds penalty * weight to the gradient
+  float penalty;
+  float decay;    // of the weight; 1: none
+  float moment;   // 1 - beta1
+  float beta2;
+  float square;  // 1 - beta2
+  float eps;
+};
+
+struct SgdRule {
+  float scale;
+  bool maximize;
+  bool penalizes;
+  float penalty;
+  bool fresh;  // the momentum buffers hold nothing yet
+  bool nesterov;
+  float momentum;
+  float gain;  // 1 - dampening
+  float step;  // -lr
+};
+
+struct StepArrays {
+  const void* gradient;
+  Carrier gradient_carrier;
+  float* weight;
+  float* mean;    // momentum buffer of SGD; null: none
+  float* square;  // of Adam
+  std::uint16_t* copy;  // of the new weight, null: none
+  Carrier copy_carrier;
+  float root;  // of Adam: sqrt(1 - beta2^t), -lr / (1 - beta1^t)
+  float step;
+};
+
 // One kernel set for each instruction set; elements [begin, end) of the arrays are done. Element
 // i of a stochastic rounding uses random bits i. `stream`: write past the caches.
 struct Kernels {
@@ -160,6 +197,10 @@ struct Kernels {
   std::uint32_t (*top_magnitude)(const void* x, std::size_t n, Carrier carrier, std::size_t size,
                                  std::uint32_t* tops);
   void (*dot)(const DotWork& work, const DotSum& sum);
+  void (*adam)(const AdamRule& rule, const StepArrays& arrays, std::size_t begin, std::size_t end,
+               bool stream);
+  void (*sgd)(const SgdRule& rule, const StepArrays& arrays, std::size_t begin, std::size_t end,
+              bool stream);
 };
 
 extern const Kernels portable_kernels;

@@ -17,12 +17,16 @@ from halfstep.ops.products import multiply
 from halfstep.ops.random_bits import Key, draw_key, random_bits
 from halfstep.ops.rounding import round_to
 from halfstep.ops.sparsity import prune_2_4
+from halfstep.ops.stepping import AdamRule, SgdRule, adam_step, sgd_step
 
 __all__ = [
+    "AdamRule",
     "Backend",
     "BlockTensor",
     "Choice",
     "Key",
+    "SgdRule",
+    "adam_step",
     "choose",
     "conv1d",
     "conv2d",
@@ -40,5 +44,6 @@ __all__ = [
     "random_bits",
     "round_blocks",
     "round_to",
+    "sgd_step",
     "unscale",
 ]

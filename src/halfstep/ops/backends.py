@@ -19,8 +19,10 @@ from halfstep.ops import (
     integer_sums,
     native,
     native_blocks,
+    native_step,
     native_units,
     reference,
+    step_reference,
     summation,
     triton_kernels,
 )
@@ -278,6 +280,38 @@ TABLE = (
         covers="every floating-point dtype",
     ),
     _UNSCALE_INTERPRETED,
+    Row(
+        op="adam_step",
+        device="cpu",
+        backend=Backend.NATIVE,
+        function=native_step.adam,
+        refuses=native_step.refuses_step,
+        covers="weights, gradients, moments and copies that lie alike; the rest it passes to the reference",
+    ),
+    Row(
+        op="adam_step",
+        device="any",
+        backend=Backend.REFERENCE,
+        function=step_reference.adam,
+        refuses=_refuses_nothing,
+        covers="every layout",
+    ),
+    Row(
+        op="sgd_step",
+        device="cpu",
+        backend=Backend.NATIVE,
+        function=native_step.sgd,
+        refuses=native_step.refuses_step,
+        covers="weights, gradients, buffers and copies that lie alike; the rest it passes to the reference",
+    ),
+    Row(
+        op="sgd_step",
+        device="any",
+        backend=Backend.REFERENCE,
+        function=step_reference.sgd,
+        refuses=_refuses_nothing,
+        covers="every layout",
+    ),
 )
 
 
