@@ -34,6 +34,8 @@ OTHER_FP16 = Format(name="fp16", exponent_bits=3, mantissa_bits=2, bias=1)
 
 def compiled(f: Callable[..., Any], backend: str, **options: Any) -> Callable[..., Any]:
     torch._dynamo.reset()
+    if backend == "inductor":  # else it leaves out conversions to 16 bits and back that eager makes
+        options["options"] = {"emulate_precision_casts": True}
     return torch.compile(f, fullgraph=True, backend=backend, **options)
 
 

@@ -33,6 +33,12 @@ def numbers(*shape: int, seed: int = 11) -> Tensor:
 
 W1, W2, WT, W3 = numbers(4, 8, 3), numbers(2, 1, 3, 3), numbers(1, 2, 3, 3), numbers(4, 1, 2, 2, 2)
 
+
+def weighted(w: Tensor, x: Tensor) -> Tensor:
+    """Weights that depend on x by no sum of torch's, whose order a compiler chooses."""
+    return w * x.flatten()[: w.numel()].view(w.shape)
+
+
 # of x (8, 32)
 CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "matmul": lambda x: matmul(x, x.mT),
@@ -51,14 +57,14 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "16 bits": lambda x: matmul(x.half(), x.mT.bfloat16()),
     "float64": lambda x: matmul(x.double(), x.mT, "tf32", "fp16/split2"),
     "integers": lambda x: x * matmul((9 * x).int(), x.mT.mul(9).int(), "int8", "int32")[:, :1],
-    "conv1d": lambda x: ops.conv1d(x[None], W1 * x[0, 0], padding="same", accumulate=SUMS),
+    "conv1d": lambda x: ops.conv1d(x[None], weighted(W1, x), padding="same", accumulate=SUMS),
     "conv2d": lambda x: ops.conv2d(
-        x[None, None], W2 * x[0, 0], None, 2, 1, operands=("e4m3fn", "fp16"),
+        x[None, None], weighted(W2, x), None, 2, 1, operands=("e4m3fn", "fp16"),
         accumulate="e5m2/stochastic",
     ),
-    "conv3d": lambda x: ops.conv3d(x.view(1, 2, 4, 2, 16), W3 * x[1, 1], groups=2),
+    "conv3d": lambda x: ops.conv3d(x.view(1, 2, 4, 2, 16), weighted(W3, x), groups=2),
     "transposed": lambda x: ops.conv_transpose2d(
-        x[None, None], WT * x[0, 0], WT[0, :, 0, 0], stride=2, grad_accumulate="bf16"
+        x[None, None], weighted(WT, x), WT[0, :, 0, 0], stride=2, grad_accumulate="bf16"
     ),
     "round_blocks": lambda x: (
         ops.round_blocks(x, "mxfp4") + ops.round_blocks(x, CEIL, 0, "stochastic")

@@ -1,9 +1,8 @@
-// Codes of up to 8 bits: of numbers that are on their grid, back to numbers, and as bytes without
-// gaps; the twin of halfstep/ops/bit_packing.py.
+// Codes of up to 8 bits: of numbers that are on their grid, and back to numbers; the twin of
+// halfstep/ops/bit_packing.py.
 #pragma once
 
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
 
 #include "round.hpp"
@@ -82,76 +81,6 @@ struct BlockCodes {
   std::uint32_t sign, mask, offset, max_code, subnormal_codes, even_below;
   float magic, per_quantum, quantum;
 };
-
-// The fewest codes that fill whole bytes.
-inline std::size_t codes_a_word(std::size_t bits) {
-  return bits % 8 == 0 ? 1 : bits % 4 == 0 ? 2 : bits % 2 == 0 ? 4 : 8;
-}
-
-inline void pack_bytes(const std::uint8_t* codes, std::size_t n, std::size_t bits,
-                       std::uint8_t* to) {
-  std::size_t i = 0;
-  if (bits == 4) {
-    for (std::size_t k = 0; k < n / 2; ++k)
-      to[k] = std::uint8_t(codes[2 * k] | codes[2 * k + 1] << 4);
-    if (n % 2) to[n / 2] = codes[n - 1];
-    return;
-  }
-  const std::size_t together = codes_a_word(bits);
-  while (i < n) {
-    std::uint64_t word = 0;
-    const std::size_t count = n - i < together ? n - i : together;
-    for (std::size_t k = 0; k < count; ++k) word |= std::uint64_t(codes[i + k]) << (k * bits);
-    for (std::size_t k = 0; k < (count * bits + 7) / 8; ++k) *to++ = std::uint8_t(word >> (8 * k));
-    i += count;
-  }
-}
-
-inline void unpack_bytes(const std::uint8_t* from, std::size_t n, std::size_t bits,
-                         std::uint8_t* codes) {
-  if (bits == 4) {
-    for (std::size_t k = 0; k < n / 2; ++k) {
-      codes[2 * k] = from[k] & 15;
-      codes[2 * k + 1] = from[k] >> 4;
-    }
-    if (n % 2) codes[n - 1] = from[n / 2] & 15;
-    return;
-  }
-  const std::size_t together = codes_a_word(bits);
-  const std::uint64_t mask = (1u << bits) - 1;
-  for (std::size_t i = 0; i < n;) {
-    const std::size_t count = n - i < together ? n - i : together;
-    std::uint64_t word = 0;
-    for (std::size_t k = 0; k < (count * bits + 7) / 8; ++k) word |= std::uint64_t(*from++) << (8 * k);
-    for (std::size_t k = 0; k < count; ++k) codes[i + k] = std::uint8_t(word >> (k * bits) & mask);
-    i += count;
-  }
-}
-
-// The same down the columns: `count` rows of codes, `pitch` apart, to rows of bytes `stride` apart.
-inline void pack_rows(const std::uint8_t* codes, std::size_t pitch, std::size_t count,
-                      std::size_t width, std::size_t bits, std::uint8_t* to, std::size_t stride) {
-  for (std::size_t byte = 0; byte < (count * bits + 7) / 8; ++byte)
-    for (std::size_t i = 0; i < width; ++i) {
-      std::uint64_t word = 0;
-      for (std::size_t k = 0; k < count; ++k)
-        word |= std::uint64_t(codes[k * pitch + i]) << (k * bits);
-      to[byte * stride + i] = std::uint8_t(word >> (8 * byte));
-    }
-}
-
-inline void unpack_rows(const std::uint8_t* from, std::size_t stride, std::size_t count,
-                        std::size_t width, std::size_t bits, std::uint8_t* codes,
-                        std::size_t pitch) {
-  const std::uint64_t mask = (1u << bits) - 1;
-  for (std::size_t i = 0; i < width; ++i) {
-    std::uint64_t word = 0;
-    for (std::size_t byte = 0; byte < (count * bits + 7) / 8; ++byte)
-      word |= std::uint64_t(from[byte * stride + i]) << (8 * byte);
-    for (std::size_t k = 0; k < count; ++k)
-      codes[k * pitch + i] = std::uint8_t(word >> (k * bits) & mask);
-  }
-}
 
 }  // namespace
 }  // namespace halfstep

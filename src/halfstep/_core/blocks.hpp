@@ -7,7 +7,9 @@
 #include <cstdint>
 #include <limits>
 
-#include "block_codes.hpp"
+#include "block_bytes.hpp"
+#include "block_decode.hpp"
+#include "block_encode.hpp"
 #include "block_scales.hpp"
 #include "carriers.hpp"
 #include "round.hpp"
@@ -15,153 +17,6 @@
 
 namespace halfstep {
 namespace {
-
-// To nearest, for elements that saturate and quotients that are finite, in half the instructions of
-// Rounder: adding a number whose last bit is worth the spacing rounds.
-template <class L>
-struct NearestFloat {
-  using Bits = typename L::Bits;
-
-  NearestFloat(const BlockPlan& plan, Key)
-      : largest(plan.largest),
-        least_binade(Constants<L>::bits_of_power(plan.element.quantum_exponent +
-                                                 plan.element.mantissa_bits)),
-        lift(std::uint32_t(23 - plan.element.mantissa_bits) << 23) {}
-
-  static bool takes(const BlockPlan& plan) {  // without a mantissa bit, ties go up
-    return !plan.element_is_fixed && plan.element.mantissa_bits > 0;
-  }
-
-  Bits operator()(Bits x, std::size_t) const {
-    const Bits magnitude = L::and_(x, L::set(0x7FFFFFFFu));
-    const auto number = L::least(L::number_of(magnitude), L::set_number(largest));
-    const Bits binade = L::max_words(L::and_(L::bits(number), L::set(0x7F800000u)),
-                                     L::set(least_binade));
-    const auto magic = L::number_of(L::add(binade, L::set(lift)));
-    const auto rounded = L::minus(L::plus(number, magic), magic);
-    return L::or_(L::bits(rounded), L::and_(x, L::set(0x80000000u)));
-  }
-
-  float largest;
-  std::uint32_t least_binade, lift;
-};
-
-template <class L>
-struct NearestFixed {
-  NearestFixed(const BlockPlan& plan, Key)
-      : highest(float(plan.element.highest)),
-        lowest(float(plan.element.lowest)),
-        magic(float(std::ldexp(1.5, plan.element.quantum_exponent + 23))) {}
-
-  typename L::Bits operator()(typename L::Bits x, std::size_t) const {
-    const auto number = L::most(L::least(L::number_of(x), L::set_number(highest)),
-                                L::set_number(lowest));
-    const auto m = L::set_number(magic);
-    return L::bits(L::minus(L::plus(number, m), m));
-  }
-
-  float highest, lowest, magic;
-};
-
-template <class L, Rounding rounding>
-struct AnyRounding : Rounder<L, rounding, L::width == 1> {
-  AnyRounding(const BlockPlan& plan, Key key)
-      : Rounder<L, rounding, L::width == 1>{Constants<L>(plan.element), key} {}
-};
-
-template <class L, class Round>
-struct BlockQuantizer {
-  using Bits = typename L::Bits;
-  using Float = typename L::Float;
-
-  const BlockPlan& plan;
-  const Round round;
-  const BlockCodes<L> codes;
-
-  // One vector: to a number where `fused`, else to codes. `each`: a scale for each lane.
-  template <bool fused, bool each>
-  Bits step(Bits x, std::size_t index, Float factor, Float total) const {
-    const Float number = L::number_of(x);
-    const Float quotient = plan.by_amax ? L::over(number, factor) : L::times(number, factor);
-    Bits element = round(L::bits(quotient), index);
-    Bits result = fused ? L::bits(L::times(L::number_of(element), total)) : codes.encode(element);
-    if constexpr (each) {
-      const Bits magnitude = L::and_(L::bits(total), L::set(0x7FFFFFFFu));
-      const typename L::Mask bad = L::less(L::set(float_infinity), magnitude);
-      result = L::select(bad, L::set(fused ? float_nan : 0), result);
-    }
-    return result;
-  }
-
-  // Blocks of `size`, a multiple of the lanes, none of them NaN.
-  template <bool fused>
-  void blocks(const float* x, std::size_t count, std::size_t size, std::size_t index,
-              const BlockScales& scales, float* out, std::uint8_t* bytes, bool stream) const {
-    stream = stream && reinterpret_cast<std::uintptr_t>(out) % (4 * L::width) == 0;
-    const auto all = [&](const auto& put) {
-      std::size_t i = 0;
-      for (std::size_t b = 0; b < count; ++b) {
-        const Float factor = L::set_number(scales.factor[b]);
-        const Float total = L::set_number(scales.total[b]);
-        for (const std::size_t end = i + size; i < end; i += L::width)
-          put(i, step<fused, false>(L::load(x + i), index + i, factor, total));
-      }
-    };
-    if constexpr (!fused) {
-      all([&](std::size_t i, Bits result) { L::store_bytes(bytes + i, result); });
-    } else if (stream) {
-      all([&](std::size_t i, Bits result) { L::stream(out + i, result); });
-    } else {
-      all([&](std::size_t i, Bits result) { L::store(out + i, result); });
-    }
-  }
-
-  // n elements, the first of them element `index` of the tensor, to out or to bytes.
-  template <bool fused, bool each>
-  void run(const float* x, std::size_t n, std::size_t index, const float* factor,
-           const float* total, float* out, std::uint8_t* bytes, bool stream) const {
-    constexpr std::size_t width = L::width;
-    if constexpr (!each) {
-      if (word_of(*total) > float_infinity) {
-        if constexpr (fused) std::fill_n(out, n, float_of(float_nan));
-        if constexpr (!fused) std::fill_n(bytes, n, std::uint8_t(0));
-        return;
-      }
-    }
-    const auto lanes = [](const float* p, std::size_t i) {
-      return each ? L::number_of(L::load(p + i)) : L::set_number(*p);
-    };
-    stream = stream && reinterpret_cast<std::uintptr_t>(out) % (4 * width) == 0;
-    std::size_t i = 0;
-    for (; i + width <= n; i += width) {
-      const Bits result =
-          step<fused, each>(L::load(x + i), index + i, lanes(factor, i), lanes(total, i));
-      if constexpr (!fused) {
-        L::store_bytes(bytes + i, result);
-      } else if (stream) {
-        L::stream(out + i, result);
-      } else {
-        L::store(out + i, result);
-      }
-    }
-    if (i == n) return;
-    float some[width] = {}, factors[width] = {}, totals[width] = {};  // the last, not a full vector
-    for (std::size_t k = 0; i + k < n; ++k) {
-      some[k] = x[i + k];
-      factors[k] = each ? factor[i + k] : *factor;
-      totals[k] = each ? total[i + k] : *total;
-    }
-    const Bits result = step<fused, each>(L::load(some), index + i, L::number_of(L::load(factors)),
-                                          L::number_of(L::load(totals)));
-    std::uint8_t some_bytes[width];
-    if constexpr (fused) L::store(some, result);
-    if constexpr (!fused) L::store_bytes(some_bytes, result);
-    for (std::size_t k = 0; i + k < n; ++k) {
-      if constexpr (fused) out[i + k] = some[k];
-      if constexpr (!fused) bytes[i + k] = some_bytes[k];
-    }
-  }
-};
 
 template <class T>
 struct Type {
@@ -372,50 +227,11 @@ void quantize_blocks(const BlockPlan& plan, const BlockLayout& layout, const Blo
   }
 }
 
-inline float total_of(const BlockPlan& plan, const BlockArrays& arrays, std::size_t scale) {
-  const float found = plan.scale_is_byte
-                          ? arrays.scale_table[static_cast<const std::uint8_t*>(arrays.scales)[scale]]
-                          : static_cast<const float*>(arrays.scales)[scale];
-  return plan.given_scale != 0 ? plan.given_scale : found * plan.tensor_scale;
-}
-
-// Numbers that codes mean, times the scale.
-template <class L, bool each>
-void decode_run(const BlockCodes<L>& codes, const std::uint8_t* bytes, std::size_t n,
-                const float* total, float* out, bool stream) {
-  constexpr std::size_t width = L::width;
-  const auto step = [&](const std::uint8_t* from, typename L::Float scale) {
-    const typename L::Bits result =
-        L::bits(L::times(L::number_of(codes.decode(L::load_bytes(from))), scale));
-    const typename L::Bits magnitude = L::and_(L::bits(scale), L::set(0x7FFFFFFFu));
-    return L::select(L::less(L::set(float_infinity), magnitude), L::set(float_nan), result);
-  };
-  stream = stream && reinterpret_cast<std::uintptr_t>(out) % (4 * width) == 0;
-  std::size_t i = 0;
-  for (; i + width <= n; i += width) {
-    const auto scale = each ? L::number_of(L::load(total + i)) : L::set_number(*total);
-    const typename L::Bits result = step(bytes + i, scale);
-    if (stream) {
-      L::stream(out + i, result);
-    } else {
-      L::store(out + i, result);
-    }
-  }
-  if (i == n) return;
-  std::uint8_t some[width] = {};
-  float totals[width] = {}, results[width];
-  for (std::size_t k = 0; i + k < n; ++k) {
-    some[k] = bytes[i + k];
-    totals[k] = each ? total[i + k] : *total;
-  }
-  L::store(results, step(some, L::number_of(L::load(totals))));
-  std::copy_n(results, n - i, out + i);
-}
-
 template <class L>
 void dequantize_blocks(const BlockPlan& plan, const BlockLayout& layout, const BlockArrays& arrays,
                        std::size_t begin, std::size_t end) {
   const BlockCodes<L> codes(plan);
+  const CodesAsHalves halves(plan);
   alignas(64) float buffer[block_piece];
   alignas(64) float totals[block_piece];
   alignas(64) std::uint8_t bytes[8 * block_strip];
@@ -433,9 +249,16 @@ void dequantize_blocks(const BlockPlan& plan, const BlockLayout& layout, const B
         from = bytes;
       }
       float* out = target_of(arrays, at, buffer);
-      for (std::size_t b = 0; b * size < n; ++b)
-        decode_run<L, false>(codes, from + b * size, std::min(size, n - b * size), totals + b,
-                             out + b * size, arrays.stream);
+      const bool fast = halves.takes(from, n);
+      for (std::size_t b = 0; b * size < n; ++b) {
+        const std::size_t i = b * size, m = std::min(size, n - i);
+        const std::size_t done =
+            fast && !std::isnan(totals[b])
+                ? halves.decode(from + i, m, totals[b], out + i, arrays.stream)
+                : 0;
+        decode_run<L, false>(codes, from + i + done, m - done, totals + b, out + i + done,
+                             arrays.stream);
+      }
       narrow<L>(plan, arrays, out, at, n);
     });
   }

@@ -100,6 +100,12 @@ struct Avx2Lanes {
         _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
   }
+  static void store_bytes(std::uint8_t* p, Bits a, Bits b, Bits c, Bits d) {
+    const __m256i mixed = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm256_permutevar8x32_epi32(mixed, order));
+  }
 
   static Random counter(std::uint32_t index) {
     return _mm256_add_epi32(set(index), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

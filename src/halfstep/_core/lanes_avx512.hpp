@@ -83,6 +83,12 @@ struct Avx512Lanes {
   static void store_bytes(std::uint8_t* p, Bits a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
   }
+  static void store_bytes(std::uint8_t* p, Bits a, Bits b, Bits c, Bits d) {
+    store_bytes(p, a);
+    store_bytes(p + width, b);
+    store_bytes(p + 2 * width, c);
+    store_bytes(p + 3 * width, d);
+  }
 
   static Random counter(std::uint32_t index) {
     const __m512i steps =

@@ -90,6 +90,12 @@ struct PortableLanes {
 
   static Bits load_bytes(const std::uint8_t* p) { return *p; }  // one for each lane
   static void store_bytes(std::uint8_t* p, Bits a) { *p = std::uint8_t(a); }  // of words below 256
+  static void store_bytes(std::uint8_t* p, Bits a, Bits b, Bits c, Bits d) {  // of four vectors
+    store_bytes(p, a);
+    store_bytes(p + width, b);
+    store_bytes(p + 2 * width, c);
+    store_bytes(p + 3 * width, d);
+  }
 
   // Random bits of the lanes that follow element `index`
   static Random counter(std::uint32_t index) { return index; }

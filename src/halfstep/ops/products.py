@@ -257,7 +257,8 @@ def _sparse_columns(
 def _eager(
     a: Tensor, b: Tensor, initial: Tensor | None, how: str, seed: Tensor | None, turns: list[int]
 ) -> Tensor:
-    return _product(a, b, initial, Arithmetic.of_text(how), key_of_node(seed, turns))
+    # a product of what is sparse may come as a view, turned
+    return _product(a, b, initial, Arithmetic.of_text(how), key_of_node(seed, turns)).contiguous()
 
 
 def _fake(

@@ -39,8 +39,12 @@ def test_rounding_is_compared_with_copy():
 @pytest.mark.usefixtures("no_peers")
 def test_blocks_are_compared_with_copy():
     found = table(Group.BLOCKS)
-    assert [case.split()[1].strip(",") for case, _, _ in found] == list(arithmetic._BLOCK_FORMATS)
-    assert {(against, target) for _, against, target in found} == {("copy_, throughput", ">= 0.50")}
+    assert [(case.rpartition(", ")[0], target) for case, _, target in found] == [
+        (f"{what} {format}", f">= {bound:.2f}")
+        for what, bound in arithmetic._BLOCK_WORK.items()
+        for format in arithmetic._BLOCK_FORMATS
+    ]
+    assert {against for _, against, _ in found} == {"copy_, throughput"}
 
 
 def test_products_are_compared_with_torchs():

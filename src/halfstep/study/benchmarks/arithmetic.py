@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfstep.ops import matmul, round_blocks, round_to
+from halfstep.ops import matmul, quantize_blocks, round_blocks, round_to
 from halfstep.study.benchmarks.groups import Group
 from halfstep.study.benchmarks.harness import (
     Clock,
@@ -59,6 +59,13 @@ class Case:
 FULL = Sizes(elements=2**24, side=1024, depth=65536, batch=256)
 _FORMATS = ("fp16", "bf16", "e5m2", "e4m3fn", "e6m9")
 _BLOCK_FORMATS = ("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp4", "mxint8", "nvfp4")
+# There and back through packed codes are two passes: half of what each must reach.
+_BLOCK_WORK = {
+    "round_blocks": 0.5,
+    "quantize_blocks": 0.5,
+    "dequantize": 0.5,
+    "quantize_blocks and dequantize": 0.25,
+}
 _ROUNDINGS = {"nearest": 0.9, "stochastic": 0.8}
 _PEER_ELEMENTS = 2**20
 _MOST_MIB = Target(sense=Sense.AT_MOST, bound=64.0)
@@ -182,13 +189,28 @@ def _rounding(sizes: Sizes, race: _Race) -> Iterator[Row]:
 def _blocks(sizes: Sizes, race: _Race) -> Iterator[Row]:
     x = _normal(sizes.elements).view(-1, 1024)
     out = torch.empty_like(x)
-    names = {f"round_blocks {it}, {sizes.elements} elements": it for it in _BLOCK_FORMATS}
-    contestants = {
-        name: (lambda f=format: round_blocks(x, f, out=out)) for name, format in names.items()
-    }
     copy = (_COPY, lambda: out.copy_(x))
-    yield from race.against(copy, contestants, dict.fromkeys(names, 0.5), what="throughput")
+    for what, bound in _BLOCK_WORK.items():
+        contestants = {
+            f"{what} {format}, {sizes.elements} elements": _block_work(what, format, x, out)
+            for format in _BLOCK_FORMATS
+        }
+        yield from race.against(
+            copy, contestants, dict.fromkeys(contestants, bound), what="throughput"
+        )
     yield from _beside(BLOCKS, x.flatten(), race)
+
+
+def _block_work(what: str, format: str, x: Tensor, out: Tensor) -> Callable[[], object]:
+    """Numbers to numbers in one pass, to packed codes, back from them, and there and back."""
+    if what == "round_blocks":
+        return lambda: round_blocks(x, format, out=out)
+    if what == "quantize_blocks":
+        return lambda: quantize_blocks(x, format)
+    stored = quantize_blocks(x, format)
+    if what == "dequantize":
+        return lambda: stored.dequantize(out=out)
+    return lambda: quantize_blocks(x, format).dequantize(out=out)
 
 
 def _beside(peers: Sequence[Peer], x: Tensor, race: _Race) -> Iterator[Row]:
