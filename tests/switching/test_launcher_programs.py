@@ -162,7 +162,7 @@ def test_a_training_script(tmp_path):
     assert plain.err.splitlines()[-1].startswith("RuntimeError: mat1 and mat2 shapes")
     summary = launched.err.splitlines()[-3:]
     assert summary[0].startswith(
-        "halfstep: recipe fp16, dot products and recurrent layers emulated on cpu"
+        "halfstep: recipe fp16, matrix products, convolutions, attention, recurrent layers emulated on cpu"
     )
     assert summary[1:] == [
         "halfstep: Net, AdamW: 12 steps, none skipped; loss scale 65536",

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
@@ -21,14 +21,12 @@ from halfstep import ops
 from halfstep.errors import NonFiniteError, OperandError, SwitchError
 from halfstep.recipe import Recipe
 from halfstep.switching import engine, overrides, unlisted
-from halfstep.switching.boundary import Gate
 from halfstep.switching.ledger import not_finite_at_floor
 from halfstep.switching.loss_scale import StepReason, StepReport
 from halfstep.switching.met import Met
 from halfstep.switching.naming import place_of
 from halfstep.switching.plan import make_plan
-from halfstep.switching.region import SINGLES, Region, current
-from halfstep.switching.roles import Roles
+from halfstep.switching.region import Region, current, loose_region
 
 __all__ = ["GradScaler", "autocast", "take_away"]
 
@@ -262,7 +260,7 @@ _kept: dict[tuple[str, str], list[Callable[[], None]]] = {}
 
 
 def _region(device: str, recipe: str) -> Region:
-    """A region without a boundary: nothing is scaled in it, gradients come out as they are."""
+    """An open-ended region: the kernels that it needs stay until `take_away`."""
     plan = make_plan(Recipe.parse(recipe), device)
     if (device, recipe) not in _kept:
         _kept[device, recipe] = [
@@ -270,8 +268,7 @@ def _region(device: str, recipe: str) -> Region:
             unlisted.install(plan),
             engine.install(_checkpoints.before),
         ]
-    roles = Roles(plan, nn.Module())
-    return Region(plan, Gate(1.0), False, SINGLES, _checkpoints.audit, roles, _met, loose=True)
+    return loose_region(plan, _met)
 
 
 def take_away() -> None:
@@ -286,9 +283,6 @@ class _Checkpoints:
 
     def before(self, roots: tuple[Tensor, ...], wanted: tuple[Any, ...]) -> None:
         """Before a backward."""
-
-    def audit(self, out: Any, region: Region, given: Any) -> None:
-        """After a recomputation."""
 
 
 _checkpoints = _Checkpoints()

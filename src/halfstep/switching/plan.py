@@ -11,7 +11,7 @@ from halfstep.errors import SwitchError
 from halfstep.format import Accumulator
 from halfstep.recipe import Recipe, Update
 
-__all__ = ["Executor", "Plan", "PlanRow", "make_plan"]
+__all__ = ["Executor", "Kind", "Plan", "PlanRow", "make_plan"]
 
 
 class Executor(Enum):
@@ -20,6 +20,17 @@ class Executor(Enum):
     NATIVE = "native"
     EMULATED = "emulated"
     OFF = "off"
+
+
+class Kind(Enum):
+    """The kinds of operations that a plan tells apart."""
+
+    MATMUL = "matrix products (linear, matmul, einsum)"
+    CONVOLUTION = "convolutions"
+    ATTENTION = "attention"
+    RECURRENT = "recurrent layers"
+    WIDE = "reductions, normalisations, softmax, exp, log, pow"
+    POINTWISE = "point-wise"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,43 +165,29 @@ def _rows(recipe: Recipe, device: str, emulate: bool, plain: bool) -> tuple[Plan
             ),
         )
     accumulate = str(recipe.accumulate)
-    if not recipe.adds_in_fp32:
-        why = f"no {device} kernel adds in {accumulate}: each sum is rounded after every addition"
-    elif emulate:
-        why = "this device has no fast fp16 GEMM: FP32 kernels on operands rounded to fp16, products exact"
-    else:
-        why = f"torch's {store} kernels on {device} multiply in {store} and add in FP32"
-    reads = store
+    reads, why = store, _why_dots(recipe, device, emulate)
     if recipe.reads_by_role:
         reads = (
             f"weight {recipe.weight}, activation {recipe.activation}, gradient {recipe.gradient}"
         )
-        why = "operands rounded by role along the summed axis, carried in FP32: " + (
-            f"FP32 kernels, products exact; {store} where the recipe keeps it: {recipe.keep}"
-            if recipe.adds_in_fp32
-            else f"sums in {accumulate}; {store} where the recipe keeps it: {recipe.keep}"
+    emulated = emulate or recipe.reads_by_role
+    more = {
+        Kind.ATTENTION: "; scores and softmax in FP32, probabilities rounded" if emulated else "",
+        Kind.RECURRENT: "; step by step over time, gates rounded once a step" if emulated else "",
+    }
+    dots = [
+        PlanRow(
+            kind=kind.value,
+            executor=Executor.EMULATED if emulated else Executor.NATIVE,
+            reads=reads,
+            accumulates=accumulate,
+            writes=store,
+            why=why + more.get(kind, ""),
         )
-    executor = Executor.EMULATED if emulate or recipe.reads_by_role else Executor.NATIVE
-    dots = PlanRow(
-        kind="dot products (linear, matmul, convolution, attention)",
-        executor=executor,
-        reads=reads,
-        accumulates=accumulate,
-        writes=store,
-        why=why,
-    )
-    recurrent = PlanRow(
-        kind="recurrent layers",
-        executor=executor,
-        reads=reads,
-        accumulates=accumulate,
-        writes=store,
-        why="step by step over time, gates rounded once a step"
-        if emulate or recipe.reads_by_role
-        else "torch's fused kernels",
-    )
+        for kind in (Kind.MATMUL, Kind.CONVOLUTION, Kind.ATTENTION, Kind.RECURRENT)
+    ]
     fp32_class = PlanRow(
-        kind="reductions, normalisations, softmax, exp, log, pow",
+        kind=Kind.WIDE.value,
         executor=Executor.OFF if plain else Executor.NATIVE,
         reads=store,
         accumulates=wide,
@@ -200,7 +197,7 @@ def _rows(recipe: Recipe, device: str, emulate: bool, plain: bool) -> tuple[Plan
         else "computed in FP32, as in torch's CUDA autocast lists, on every device",
     )
     pointwise = PlanRow(
-        kind="point-wise",
+        kind=Kind.POINTWISE.value,
         executor=Executor.NATIVE,
         reads=store,
         accumulates=wide,
@@ -215,7 +212,39 @@ def _rows(recipe: Recipe, device: str, emulate: bool, plain: bool) -> tuple[Plan
         writes=recipe.master.name,
         why=_why_optimizer(recipe),
     )
-    return dots, recurrent, fp32_class, pointwise, optimizer
+    return *dots, fp32_class, pointwise, optimizer
+
+
+def _why_dots(recipe: Recipe, device: str, emulate: bool) -> str:
+    store = recipe.store.name
+    if recipe.reads_by_role:
+        sums = (
+            "FP32 kernels, products exact"
+            if recipe.adds_in_fp32
+            else f"sums in {recipe.accumulate}"
+        )
+        return (
+            f"operands rounded by role along the summed axis, carried in FP32: {sums}; {store} where the "
+            f"recipe keeps it: {recipe.keep}"
+        )
+    if not recipe.adds_in_fp32:
+        return f"no {device} kernel adds in {recipe.accumulate}: each sum is rounded after every addition"
+    if emulate:
+        return f"{_half_on_cpu()}: FP32 kernels on operands rounded to fp16, products exact"
+    native = f"torch's {store} kernels multiply in {store} and add in FP32"
+    if device == "cpu" and not _has_bf16():
+        return f"{native}; this CPU has no bf16 instructions (AVX512-BF16, AMX)"
+    return native
+
+
+def _half_on_cpu() -> str:
+    if torch.cpu._is_amx_fp16_supported():
+        return "few CPUs have a half GEMM, and fp16 is the same on all"
+    return "this CPU has no half GEMM"
+
+
+def _has_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _why_optimizer(recipe: Recipe) -> str:

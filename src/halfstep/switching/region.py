@@ -25,7 +25,7 @@ from halfstep.switching.plan import Plan
 from halfstep.switching.ranks import is_sharded
 from halfstep.switching.roles import Roles
 
-__all__ = ["LazyParameters", "Region", "current", "keeps_fp32", "reopening"]
+__all__ = ["LazyParameters", "Region", "current", "keeps_fp32", "loose_region", "reopening"]
 
 # Called with what a region gave, the region, and what it was given; raises where a gradient would leak.
 Audit = Callable[[Any, "Region", Any], None]
@@ -334,6 +334,16 @@ class Buckets:
 
 
 SINGLES = Buckets([])
+
+
+def loose_region(plan: Plan, met: Met) -> Region:
+    """A region of no model, without a boundary: nothing is scaled in it, gradients come out as they are."""
+    roles = Roles(plan, nn.Module())
+    return Region(plan, Gate(1.0), False, SINGLES, _nothing_to_check, roles, met, loose=True)
+
+
+def _nothing_to_check(out: Any, region: Region, given: Any) -> None:
+    """After a recomputation in a region that scales nothing."""
 
 
 def reopening(function: Callable[..., Any]) -> Callable[..., Any]:

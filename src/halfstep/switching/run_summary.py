@@ -124,7 +124,7 @@ def _executors(explanation: Explanation) -> str:
     """Which kinds of operations are emulated on a device, and which run in FP32."""
     rows = explanation.rows
     emulated = [row.kind.partition(" (")[0] for row in rows if row.executor.value == "emulated"]
-    text = f"{' and '.join(emulated)} emulated" if emulated else "native"
+    text = f"{', '.join(emulated)} emulated" if emulated else "native"
     wide = [row.kind for row in rows if row.writes == "fp32" and row.reads != "fp32"]
     return f"{text} on {explanation.device}" + (f"; in FP32: {'; '.join(wide)}" if wide else "")
 

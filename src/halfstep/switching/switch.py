@@ -45,6 +45,7 @@ from halfstep.switching.region import SMALL, Buckets, Region, check_unwritten, c
 from halfstep.switching.replay import Recorder, locator
 from halfstep.switching.reports import Handle, pace
 from halfstep.switching.roles import Roles
+from halfstep.switching.speeds import times_over_fp32
 from halfstep.switching.state import State, read_state, write_state
 from halfstep.switching.structure import map_tensors, tensors_in
 
@@ -192,9 +193,18 @@ class Switch(Checkpointed):
         return guard.was_step_applied()
 
     def explain(self) -> Explanation:
-        """A table: each kind of operation, whether it runs natively or emulated here, and why."""
+        """A table: each kind of operation, whether it runs natively or emulated here, why, and how fast.
+
+        The first call measures: a few calls of each kind of operation, small, forward and backward, in the
+        recipe and in FP32 by turns; about half a second, once a process.
+        """
         rows = (*self.plan.rows, *self.met.rows(self.plan))
-        return Explanation(recipe=str(self.recipe), device=self.plan.device, rows=rows)
+        return Explanation(
+            recipe=str(self.recipe),
+            device=self.plan.device,
+            rows=rows,
+            times=times_over_fp32(self.plan),
+        )
 
     def outside(self, activation: Tensor) -> Tensor:
         """``activation``, captured inside forward, as an FP32 tensor that may be used outside of the model.
