@@ -12,16 +12,27 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from halfstep.switching import overrides
+from halfstep.switching.explanation import Explanation
 from halfstep.switching.met import Met
 from halfstep.switching.plan import Kind, Plan
 from halfstep.switching.region import loose_region
 
-__all__ = ["PROGRAMS", "times_over_fp32"]
+__all__ = ["PROGRAMS", "explained", "times_over_fp32"]
 
 _REPEATS = 9
 _SECONDS = 0.06  # of one kind, after its first call
 
 _known: dict[tuple[str, str], dict[str, float]] = {}
+
+
+def explained(plan: Plan, met: Met) -> Explanation:
+    """The table of a plan, of what was met in no list, and of the times that are measured here."""
+    return Explanation(
+        recipe=str(plan.recipe),
+        device=plan.device,
+        rows=(*plan.rows, *met.rows(plan)),
+        times=times_over_fp32(plan),
+    )
 
 
 def times_over_fp32(plan: Plan) -> dict[str, float]:

@@ -45,7 +45,7 @@ from halfstep.switching.region import SMALL, Buckets, Region, check_unwritten, c
 from halfstep.switching.replay import Recorder, locator
 from halfstep.switching.reports import Handle, pace
 from halfstep.switching.roles import Roles
-from halfstep.switching.speeds import times_over_fp32
+from halfstep.switching.speeds import explained
 from halfstep.switching.state import State, read_state, write_state
 from halfstep.switching.structure import map_tensors, tensors_in
 
@@ -124,7 +124,6 @@ class Switch(Checkpointed):
         self._buckets = Buckets([])
         self.roles = Roles(self.plan, model)
         self.met = Met()
-        """Operations in no list that the model has called."""
         self._between = BetweenSteps(recipe)
         self._back_to_fp32: Callable[[], None] = _nothing
         self._machinery = Machinery(self)
@@ -195,16 +194,9 @@ class Switch(Checkpointed):
     def explain(self) -> Explanation:
         """A table: each kind of operation, whether it runs natively or emulated here, why, and how fast.
 
-        The first call measures: a few calls of each kind of operation, small, forward and backward, in the
-        recipe and in FP32 by turns; about half a second, once a process.
+        The first call measures small forwards and backwards, in the recipe and in FP32: about a second.
         """
-        rows = (*self.plan.rows, *self.met.rows(self.plan))
-        return Explanation(
-            recipe=str(self.recipe),
-            device=self.plan.device,
-            rows=rows,
-            times=times_over_fp32(self.plan),
-        )
+        return explained(self.plan, self.met)
 
     def outside(self, activation: Tensor) -> Tensor:
         """``activation``, captured inside forward, as an FP32 tensor that may be used outside of the model.
