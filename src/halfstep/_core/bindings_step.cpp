@@ -39,14 +39,15 @@ std::vector<StepArrays> tabulate(const Addresses& weights, const Addresses& grad
   return all;
 }
 
-template <class Rule, class Kernel>
-void run(const Rule& rule, Kernel kernel, const std::vector<StepArrays>& all,
-         const std::vector<std::size_t>& sizes, int threads) {
+// f(arrays, begin, end, stream) over all of them.
+template <class F>
+void run(const std::vector<StepArrays>& all, const std::vector<std::size_t>& sizes, int threads,
+         const F& f) {
   std::size_t total = 0;
   for (const std::size_t size : sizes) total += size;
   const bool stream = total * sizeof(std::uint16_t) >= stream_from;
   over_arrays(sizes, threads, [&](std::size_t array, std::size_t begin, std::size_t end) {
-    kernel(rule, all[array], begin, end, stream);
+    f(all[array], begin, end, stream);
   });
 }
 
@@ -55,18 +56,37 @@ void adam(const AdamRule& rule, const Addresses& weights, const Addresses& gradi
           const Addresses& squares, const Addresses& copies, const std::vector<int>& copy_carriers,
           const std::vector<std::size_t>& sizes, const std::vector<float>& roots,
           const std::vector<float>& steps, int threads) {
-  run(rule, kernels_in_use().load()->adam,
-      tabulate(weights, gradients, gradient_carriers, means, squares, copies, copy_carriers, roots,
-               steps),
-      sizes, threads);
+  const auto all = tabulate(weights, gradients, gradient_carriers, means, squares, copies,
+                            copy_carriers, roots, steps);
+  const Kernels* kernels = kernels_in_use();
+  run(all, sizes, threads,
+      [&](const StepArrays& a, std::size_t begin, std::size_t end, bool stream) {
+        kernels->adam(rule, a, begin, end, stream);
+      });
 }
 
 void sgd(const SgdRule& rule, const Addresses& weights, const Addresses& gradients,
          const std::vector<int>& gradient_carriers, const Addresses& means, const Addresses& copies,
          const std::vector<int>& copy_carriers, const std::vector<std::size_t>& sizes, int threads) {
-  run(rule, kernels_in_use().load()->sgd,
-      tabulate(weights, gradients, gradient_carriers, means, {}, copies, copy_carriers, {}, {}),
-      sizes, threads);
+  const auto all =
+      tabulate(weights, gradients, gradient_carriers, means, {}, copies, copy_carriers, {}, {});
+  const Kernels* kernels = kernels_in_use();
+  run(all, sizes, threads,
+      [&](const StepArrays& a, std::size_t begin, std::size_t end, bool stream) {
+        kernels->sgd(rule, a, begin, end, stream);
+      });
+}
+
+void touch(const Addresses& weights, const Addresses& gradients, const Addresses& means,
+           const Addresses& squares, const Addresses& copies, const std::vector<std::size_t>& sizes,
+           int threads) {
+  const std::vector<int> floats(weights.size(), int(Carrier::float32));
+  const auto all = tabulate(weights, gradients, floats, means, squares, copies, floats, {}, {});
+  const Kernels* kernels = kernels_in_use();
+  run(all, sizes, threads,
+      [&](const StepArrays& a, std::size_t begin, std::size_t end, bool stream) {
+        kernels->touch(a, begin, end, stream);
+      });
 }
 
 // Whether no array that is written shares a byte with another one.
@@ -128,6 +148,8 @@ void bind_step(nb::module_& m) {
   m.def("sgd", &sgd, nb::kw_only(), nb::arg("rule"), nb::arg("weights"), nb::arg("gradients"),
         nb::arg("gradient_carriers"), nb::arg("means"), nb::arg("copies"), nb::arg("copy_carriers"),
         nb::arg("sizes"), nb::arg("threads"), released);
+  m.def("touch", &touch, nb::kw_only(), nb::arg("weights"), nb::arg("gradients"), nb::arg("means"),
+        nb::arg("squares"), nb::arg("copies"), nb::arg("sizes"), nb::arg("threads"), released);
   m.def("disjoint", &disjoint, nb::arg("written"), nb::arg("written_bytes"), nb::arg("read"),
         nb::arg("read_bytes"), released);
 }

@@ -24,6 +24,7 @@ const Kernels avx2_kernels = {
     dot_fast<Avx2Dot>,
     adam<Avx2Lanes>,
     sgd<Avx2Lanes>,
+    touch<Avx2Lanes>,
 };
 
 const UnitKernel avx2_unit = {"avx2", unit_task<Vectors32>, fixed_tasks};

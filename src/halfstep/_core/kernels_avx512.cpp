@@ -24,6 +24,7 @@ const Kernels avx512_kernels = {
     dot_fast<Avx512Dot>,
     adam<Avx512Lanes>,
     sgd<Avx512Lanes>,
+    touch<Avx512Lanes>,
 };
 
 const UnitKernel avx512_unit = {"avx512", unit_task<Vectors64>, fixed_tasks};

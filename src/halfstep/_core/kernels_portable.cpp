@@ -22,6 +22,7 @@ const Kernels portable_kernels = {
     dot_careful,
     adam<Portable32>,
     sgd<Portable32>,
+    touch<Portable32>,
 };
 
 const UnitKernel portable_unit = {"portable", unit_task<Vectors16>, fixed_tasks};

@@ -171,5 +171,25 @@ void sgd(const SgdRule& rule, const StepArrays& a, std::size_t begin, std::size_
   L::fence();
 }
 
+// The same arrays with one addition each: the memory's share of a step, for benchmarks.
+template <class L>
+void touch(const StepArrays& a, std::size_t begin, std::size_t end, bool stream) {
+  const bool past = streams<L>(a, begin, stream);
+  for (std::size_t i = begin; i + L::width <= end; i += L::width) {
+    const auto g = load_number<L>(static_cast<const float*>(a.gradient) + i);
+    const auto w = L::plus(load_number<L>(a.weight + i), g);
+    store_number<L>(a.weight + i, w);
+    store_number<L>(a.mean + i, L::plus(load_number<L>(a.mean + i), g));
+    if (a.square != nullptr)
+      store_number<L>(a.square + i, L::plus(load_number<L>(a.square + i), g));
+    const auto words = L::pack(L::shift_right(L::bits(w), 16));
+    if (past)
+      L::stream_words(a.copy + i, words);
+    else
+      L::store_words(a.copy + i, words);
+  }
+  L::fence();
+}
+
 }  // namespace
 }  // namespace halfstep

@@ -201,6 +201,7 @@ struct Kernels {
                bool stream);
   void (*sgd)(const SgdRule& rule, const StepArrays& arrays, std::size_t begin, std::size_t end,
               bool stream);
+  void (*touch)(const StepArrays& arrays, std::size_t begin, std::size_t end, bool stream);
 };
 
 extern const Kernels portable_kernels;

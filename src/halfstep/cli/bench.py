@@ -116,6 +116,31 @@ def bench_arithmetic(
     _print_table("arithmetic", measured, this_machine("cpu", Clock(clock)), save, as_json)
 
 
+@group.command("step")
+def bench_step(
+    parameters: Annotated[int, typer.Option(min=1000, help="How many, in 200 tensors.")] = 10**8,
+    rounds: Rounds = 9,
+    clock: ClockName = "wall",
+    save: SaveTo = None,
+    as_json: AsJson = False,
+) -> None:
+    """The optimizer's step in one pass, against the memory's bandwidth and torch's three passes.
+
+    Takes 22 bytes a parameter. Leaves with status 1 if a target is missed.
+
+    Example: halfstep bench step --parameters 10000000 --rounds 5
+    """
+    import torch
+
+    from halfstep.study.benchmarks.harness import Clock, this_machine
+    from halfstep.study.benchmarks.step import rows
+
+    if clock == "cpu":
+        torch.set_num_threads(1)  # threads that wait for each other would count as work
+    measured = rows(parameters=parameters, rounds=rounds, clock=Clock(clock))
+    _print_table("step", measured, this_machine("cpu", Clock(clock)), save, as_json)
+
+
 _BENCH_WIDTHS = (54, 40, 7, 13, 8, 3)
 
 

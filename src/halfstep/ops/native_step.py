@@ -16,7 +16,7 @@ from halfstep.ops.native import CARRIERS, MISSING, core
 if TYPE_CHECKING:
     from halfstep.ops.stepping import AdamNumbers, SgdNumbers
 
-__all__ = ["adam", "refuses_step", "sgd"]
+__all__ = ["adam", "lie_alike", "refuses_step", "sgd", "touch"]
 
 T = TypeVar("T")
 
@@ -105,6 +105,30 @@ def sgd(
         )
 
 
+def touch(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    copies: Sequence[Tensor],
+) -> None:
+    """Reads and writes what a step does with one addition each: what memory allows, for benchmarks.
+
+    Contiguous float32 tensors on the CPU, 16-bit copies; ``squares`` may be none.
+    """
+    ours = range(len(weights))
+    core().touch(
+        weights=_addresses(ours, weights),
+        gradients=_addresses(ours, gradients),
+        means=_addresses(ours, means),
+        squares=_addresses(ours, squares),
+        copies=_addresses(ours, copies),
+        sizes=[w.numel() for w in weights],
+        threads=torch.get_num_threads(),
+    )
+    _written(ours, weights, means, squares, copies)
+
+
 def _ours(
     written: Sequence[Sequence[Tensor]], gradients: Sequence[Tensor]
 ) -> tuple[list[int], list[int]]:
@@ -116,7 +140,7 @@ def _ours(
     ours: list[int] = []
     others: list[int] = []
     for index, group in enumerate(zip(*lists, gradients, strict=True)):
-        (ours if _alike(group) else others).append(index)
+        (ours if lie_alike(group) else others).append(index)
     outputs = [one[i] for one in lists for i in ours]
     inputs = [gradients[i] for i in ours]
     apart = core().disjoint(
@@ -128,11 +152,13 @@ def _ours(
     return (ours, others) if apart else ([], list(range(len(gradients))))
 
 
-def _alike(group: Sequence[Tensor]) -> bool:
-    """Whether element i of each lies at place i of its memory."""
+def lie_alike(group: Sequence[Tensor]) -> bool:
+    """Whether all are on the CPU and element i of each lies at place i of its memory."""
     first = group[0]
     for tensor in group:
-        if type(tensor) not in PLAIN or tensor.device.type != "cpu" or tensor.is_neg():
+        if tensor.layout is not torch.strided or tensor.is_neg():
+            return False
+        if type(tensor) not in PLAIN or tensor.device.type != "cpu":
             return False
     if all(tensor.is_contiguous() for tensor in group):
         return True

@@ -21,6 +21,7 @@ from halfstep.errors import NonFiniteError
 from halfstep.switching.ledger import Ledger, not_finite_at_floor
 from halfstep.switching.loss_scale import StepReason
 from halfstep.switching.naming import place_of
+from halfstep.switching.one_pass import step_in_one_pass
 from halfstep.switching.ranks import Ranks, local, shards
 
 __all__ = ["Guard", "Owner", "Watcher", "watch_steps"]
@@ -71,6 +72,7 @@ class Guard:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self._owners: list[Owner] = []
+        self._to_torchs_step: Callable[[], None] | None = None
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._handed_over: Tensor | None = None
         self._nonfinite: list[tuple[_Held, int]] = []
@@ -88,6 +90,8 @@ class Guard:
         guards = [getattr(hook, "__self__", None) for hook in hooks]
         guard = next((g for g in guards if isinstance(g, Guard)), None) or cls(optimizer)
         guard._owners.append(owner)
+        if owner.guarded and guard._to_torchs_step is None:
+            guard._to_torchs_step = step_in_one_pass(optimizer)
         return guard
 
     def leave(self, owner: Owner) -> None:
@@ -96,6 +100,8 @@ class Guard:
         if not self._owners:
             for handle in self._handles:
                 handle.remove()
+            if self._to_torchs_step is not None:
+                self._to_torchs_step()
 
     def was_step_applied(self) -> bool:
         """True where the last step of this optimizer changed the weights, and before the first."""
