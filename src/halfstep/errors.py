@@ -8,7 +8,8 @@
     ├── RecipeError (ValueError)         a recipe that cannot be
     ├── OperandError (ValueError)        a tensor or option an operation cannot take
     ├── SwitchError (RuntimeError)       the switch cannot do what was asked
-    │   └── ScaledGradientError          a gradient would leave the region still scaled
+    │   ├── ScaledGradientError          a gradient would leave the region still scaled
+    │   └── BrokenPromiseError           something is not kept in the format that the recipe says
     ├── NonFiniteError (FloatingPointError)  not finite, and no loss scale mends it
     ├── CheckpointError (RuntimeError)   a checkpoint is damaged, too new, or of another program
     └── DataError (RuntimeError)         a data set cannot be fetched or is not the one expected
@@ -21,6 +22,7 @@ from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
+    "BrokenPromiseError",
     "CheckpointError",
     "DataError",
     "FormatError",
@@ -71,6 +73,17 @@ class SwitchError(HalfstepError, RuntimeError):
 
 class ScaledGradientError(SwitchError):
     """A gradient would have left the region still scaled, or entered it unscaled."""
+
+
+class BrokenPromiseError(SwitchError):
+    """Weights, gradients, optimizer state or sums are not kept as the recipe says.
+
+    ``audit`` is the ``halfstep.switching.Audit`` that found it: everything that it looked at, as data.
+    """
+
+    def __init__(self, message: str, audit: object) -> None:
+        self.audit: Any = audit
+        super().__init__(message)
 
 
 class NonFiniteError(HalfstepError, FloatingPointError):

@@ -1,5 +1,6 @@
 """Put a recipe on a program: region, working copies, loss scale, optimizer side."""
 
+from halfstep.switching.audit_table import Audit, AuditRow, BrokenPromise, Held
 from halfstep.switching.emulation import Emulation, EmulationSummary, emulate
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.facades import GradScaler, autocast
@@ -10,6 +11,9 @@ from halfstep.switching.reports import Handle, log_to, on_applied
 from halfstep.switching.switch import Switch, switch
 
 __all__ = [
+    "Audit",
+    "AuditRow",
+    "BrokenPromise",
     "Emulation",
     "EmulationSummary",
     "Executor",
@@ -17,6 +21,7 @@ __all__ = [
     "Finding",
     "GradScaler",
     "Handle",
+    "Held",
     "LossScale",
     "Plan",
     "PlanRow",

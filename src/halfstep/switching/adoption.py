@@ -10,15 +10,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from halfstep.errors import SwitchError
+from halfstep.recipe import Recipe
 from halfstep.switching.module_hooks import Forward
 from halfstep.switching.ranks import is_fully_sharded
 from halfstep.switching.region import LazyParameters, current, keeps_fp32
 
-__all__ = ["Runner", "Shape", "adopt", "release", "working_dtypes"]
+__all__ = ["Runner", "Shape", "adopt", "check_not_switched", "release", "working_dtypes"]
 
 
 class Runner(Protocol):
     """What a call needs of its switch: to run a module as the outermost one of a region."""
+
+    model: nn.Module
+    recipe: Recipe
 
     def run(
         self,
@@ -138,6 +143,17 @@ def release(module: nn.Module, runner: Runner) -> None:
             module.__dict__["_parameters"] = lazy.plain()
 
 
+def check_not_switched(model: nn.Module) -> None:
+    """Raise `SwitchError` where ``model`` is switched as a whole; its parts may be."""
+    call = model.__dict__.get("_call_impl")
+    for owner in call.owners if isinstance(call, _Call) else ():
+        if owner.model is model:
+            raise SwitchError(
+                f"this {type(model).__name__} is switched already, to {owner.recipe}; "
+                "call off() on that switch first"
+            )
+
+
 class Shape:
     """The modules and parameters below a root; `holds` until one is added, replaced or removed."""
 
@@ -147,6 +163,8 @@ class Shape:
         # (a module's attributes, its parameters, how often they were written, its children)
         self._seen: list[tuple[dict[str, Any], dict[str, Any], int, tuple[Any, ...]]] = []
         for module in root.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             state = module.__dict__
             parameters = state["_parameters"]
             children = tuple(state["_modules"].values())
@@ -154,7 +172,7 @@ class Shape:
 
     def holds(self, root: nn.Module) -> bool:
         """True where it is ``root``'s and nothing has changed. Looked at before every forward."""
-        if self._seen[0][0] is not root.__dict__:
+        if not self._seen or self._seen[0][0] is not root.__dict__:
             return False
         for state, parameters, writes, children in self._seen:
             if state["_parameters"] is not parameters:

@@ -1,201 +1,374 @@
-"""No gradient leaves scaled, none enters unscaled: the autograd graph is walked to see that.
+"""Whether what a recipe promises is so: the tensors themselves are looked at, not what made them.
 
-A gradient inside the region is multiplied by the loss scale. Should the graph reach a tensor outside by
-any way but the boundary, its gradient would be wrong by the scale with no other sign of it: the one
-failure that the design must make impossible.
-
-From the loss to the boundary every backward is walked. The region's own graph is walked on first calls,
-after every change of the module tree, on calls 2, 4, 8, 16 ..., and whenever it has another shape than
-those that were walked before: another number of nodes, or outputs of other dtypes. An FP32 tensor that
-comes in past the boundary shows in one or the other: it is cast by the operation that reads it, which
-makes a node, or makes that operation's result FP32, up to the next cast or the output.
+Mixed precision has a quiet way to fail: the FP32 master weights are not there. The optimizer was built before
+the parameters were replaced, or on copies; ``model.half()`` came after; a ``.data`` was swapped; a state was
+loaded into weights that were in 16 bits then. Nothing says so, training only gets worse.
 """
 
 from __future__ import annotations
 
-import sys
-import threading
-from bisect import bisect_right
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from halfstep.errors import ScaledGradientError
-from halfstep.switching.boundary import INWARD, OUTWARD, Gate
+from halfstep import ops
+from halfstep.errors import SwitchError
+from halfstep.format import BlockFormat, Format
+from halfstep.ops import BlockTensor
+from halfstep.recipe import Recipe
+from halfstep.switching import overrides
+from halfstep.switching.audit_table import Audit, AuditRow, BrokenPromise, Held
+from halfstep.switching.between_steps import STORED
+from halfstep.switching.explanation import Explanation
+from halfstep.switching.guard import Guard, Owner
+from halfstep.switching.naming import place_of
+from halfstep.switching.plan import Executor, Plan
+from halfstep.switching.ranks import local
+from halfstep.switching.region import LazyParameters, Region, current, keeps_fp32
 
-__all__ = ["Intervals", "Schedule", "check_forward", "check_roots", "check_wanted", "has_left"]
+__all__ = ["Audited"]
 
-_SHAPES_KEPT = 4096
-
-
-def _references(node: Any) -> int:
-    """References to the leaf of ``node``, an AccumulateGrad, counted alike wherever it is asked."""
-    return sys.getrefcount(node.variable)
-
-
-def _held_by_the_graph_only() -> int:
-    """What `_references` says of a leaf that no one else holds."""
-    product = torch.ones(1).requires_grad_() * 2
-    node: Any = product.grad_fn
-    return _references(node.next_functions[0][0])
-
-
-_GRAPH_ONLY = _held_by_the_graph_only()
-
-
-class Schedule:
-    """True on the first calls, after `restart`, for each new shape, and then ever more rarely."""
-
-    __slots__ = ("_calls", "_shapes")
-
-    def __init__(self) -> None:
-        self._calls = 0
-        self._shapes: set[object] = set()
-
-    def restart(self) -> None:
-        """Begin again: something has changed."""
-        self._calls = 0
-        self._shapes.clear()
-
-    def due(self, shape: object) -> bool:
-        """Count one call whose graph has this shape; True where it is to be audited."""
-        self._calls += 1
-        if shape not in self._shapes:
-            if len(self._shapes) >= _SHAPES_KEPT:
-                self._shapes.clear()
-            self._shapes.add(shape)
-            return True
-        return self._calls <= 3 or self._calls & (self._calls - 1) == 0
+_FP32 = Format.parse("fp32")
+_NARROW = (torch.float16, torch.bfloat16)
+_AS_IT_WAS = "Give the model back as it was (model.float(), switch.off()) and switch it anew"
 
 
-class Intervals(threading.local):
-    """Which graph nodes were made inside a region: torch numbers the nodes of each thread in order.
+class Audited(Owner, Protocol):
+    """A switch as its audit sees it, and the method that it gets from here."""
 
-    Each thread sees its own: the numbers of another's nodes would say nothing.
-    """
+    model: nn.Module
+    recipe: Recipe
+    plan: Plan
 
-    def __init__(self, keep: int = 4096) -> None:
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-        self._keep = keep
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """Those that step the model's parameters."""
+        ...
 
-    def add(self, start: int, end: int) -> None:
-        """Nodes ``start`` to ``end - 1`` were made inside."""
-        self._starts.append(start)
-        self._ends.append(end)
-        if len(self._starts) > self._keep:
-            del self._starts[: self._keep // 2], self._ends[: self._keep // 2]
+    @property
+    def loss_scale(self) -> float:
+        """That of the next backward."""
+        ...
 
-    def __contains__(self, number: int) -> bool:
-        k = bisect_right(self._starts, number) - 1
-        return k >= 0 and number < self._ends[k]
+    def explain(self) -> Explanation:
+        """What computes each kind of operation."""
+        ...
 
+    def take_in(self) -> None:
+        """Have modules and parameters that are new in the model take part."""
+        ...
 
-def check_forward(
-    outputs: Iterable[Tensor],
-    *,
-    gate: Gate,
-    first_node: int,
-    inside: Intervals,
-    inputs: Iterable[Tensor],
-    where: str,
-    describe: Callable[[Tensor], str],
-) -> None:
-    """Raise `ScaledGradientError` where the region's graph reaches out of it past the boundary.
+    def new_region(self, module: nn.Module) -> Region:
+        """One for a call of ``module``, not open yet."""
+        ...
 
-    ``first_node`` is the number at which this region's nodes begin. Nodes ``inside`` earlier regions of the
-    same switch are scaled alike (a state kept from one forward to the next). ``inputs`` are leaves whose
-    gradient is meant to stay scaled: what a checkpointed function was given.
-    """
-    known = {id(t) for t in inputs}
-    seen: set[Any] = set()
-    # A tensor that has left already may be an output: it is not made to leave again.
-    stack = [t.grad_fn for t in outputs if t.grad_fn is not None and not has_left(t)]
-    while stack:
-        node: Any = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, INWARD) and node.gate is gate:
-            continue
-        if isinstance(node, (*INWARD, *OUTWARD)):
-            what = "of another" if isinstance(node, INWARD) else "or of switch.outside()"
-            raise ScaledGradientError(
-                f"{where}: forward used a tensor that has left the region: an output of an earlier forward "
-                f"of a switched model, {what}. Its gradient would be multiplied by a loss scale twice. "
-                "Pass it to forward as an input, detach it, or use it before it leaves"
-            )
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            if id(leaf) in known:
-                continue
-            kind = type(leaf)
-            del leaf
-            # Made inside forward and held by nothing but the graph: no one can see its gradient.
-            if kind is Tensor and _references(node) <= _GRAPH_ONLY:
-                continue
-            leaf = getattr(node, "variable")  # noqa: B009 - no attribute to the type checker
-            raise ScaledGradientError(
-                f"{where}: forward used {describe(leaf)} past the boundary of the region, so its "
-                "gradient would leave multiplied by the loss scale. Make it a parameter of a module that "
-                "is part of the switched model (not in a plain list, a closure or another object), or "
-                "pass it to forward as an input"
-            )
-        number = node._sequence_nr()
-        if number < first_node and number not in inside:
-            raise ScaledGradientError(
-                f"{where}: forward used a tensor computed outside the region (the result of "
-                f"{node.name()}) that is no input of forward, so its gradient would leave multiplied by "
-                "the loss scale. Pass it to forward as an input, or detach it"
-            )
-        stack.extend(n for n, _ in node.next_functions if n is not None)
+    def state_dict(self) -> dict[str, Any]:
+        """With the carries of Kahan's sums."""
+        ...
+
+    def audit(self) -> Audit:
+        """How every parameter, working copy, gradient and moment is held, and what sums are added up in.
+
+        Working copies are read as a forward reads them; a gradient or state that is not there yet is left
+        out. The promises, by the recipe:
+
+        - weights are FP32, on the grid of ``master`` where that is narrower; in a plain 16-bit program 16-bit
+        - the region reads them in ``store`` (FP32 for norms), bit for bit the weight as it is now
+        - gradients are held as the weights are
+        - optimizer state is FP32, or kept in ``moments``; the optimizers hold the very tensors that are the
+          model's parameters, and every one that requires a gradient; their steps are looked at
+        - where dot products add in FP32, no setting of torch has them add in less
+
+        FP64 and integer parameters go their own way. Call it between steps; it takes a cast of each weight.
+
+        Raises:
+            BrokenPromiseError: one is not kept: parameter, what was found, what was promised, what to do.
+                ``error.audit`` is the whole table.
+            SwitchError: called inside a forward, or after `off`.
+
+        >>> import torch, halfstep
+        >>> model = torch.nn.Linear(4, 2)
+        >>> s = halfstep.switch(model, torch.optim.SGD(model.parameters(), lr=0.1), recipe="bf16")
+        >>> print(s.audit().rows[0].weight, s.audit().rows[0].working)
+        fp32 bf16
+        >>> model = model.half()
+        >>> s.audit()
+        Traceback (most recent call last):
+        halfstep.errors.BrokenPromiseError: recipe bf16 is not kept: weight of weight is fp16; promised: ...
+        """
+        if current() is not None:
+            raise SwitchError("switch.audit() was called inside forward; call it between steps")
+        self.take_in()
+        return _Auditor(self).result().check()
 
 
-def has_left(t: Tensor) -> bool:
-    """True for a tensor that has passed the boundary outwards."""
-    return isinstance(t.grad_fn, OUTWARD)
+class _Auditor:
+    """One audit in the making."""
 
-
-def check_roots(roots: Iterable[Tensor], gate: Gate, inside: Intervals) -> None:
-    """Raise `ScaledGradientError` where a backward would enter a region past its boundary."""
-    seen: set[Any] = set()
-    stack: list[tuple[Any, str]] = [
-        (t.grad_fn, "the tensor that backward was called on")
-        for t in roots
-        if t.grad_fn is not None
-    ]
-    while stack:
-        node, user = stack.pop()
-        if node in seen or isinstance(node, OUTWARD) or getattr(node, "variable", None) is not None:
-            continue
-        seen.add(node)
-        if isinstance(node, INWARD) and node.gate is gate:
-            raise ScaledGradientError(
-                f"a working copy that was read inside a switched model is used outside of it by {user}: "
-                "its gradient would be divided by a loss scale that it was never multiplied by. Outside "
-                "of forward read the parameter itself, or pass the copy through switch.outside(...)"
-            )
-        if node._sequence_nr() in inside:
-            raise ScaledGradientError(
-                f"an activation made inside a switched model (the result of {node.name()}) is used "
-                f"outside of it by {user}: its gradient would enter the region without the loss scale. "
-                "Return the activation from forward as part of the output, or pass it through "
-                "switch.outside(activation) where it is captured"
-            )
-        stack.extend((n, node.name()) for n, _ in node.next_functions if n is not None)
-
-
-def check_wanted(wanted: Iterable[Any], inside: Intervals) -> None:
-    """Raise `ScaledGradientError` where a backward is asked for the gradient of an inside activation."""
-    for given in wanted:
-        node = given.grad_fn if isinstance(given, Tensor) else getattr(given, "node", None)
-        if node is None or isinstance(node, OUTWARD) or node._sequence_nr() not in inside:
-            continue
-        raise ScaledGradientError(
-            f"a gradient was asked for with respect to an activation made inside a switched model (the "
-            f"result of {node.name()}): it would come multiplied by the loss scale. Read it in a hook, "
-            "activation.register_hook(f) or module.register_full_backward_hook(f): f is called with the "
-            "true gradient"
+    def __init__(self, switch: Audited) -> None:
+        self.switch = switch
+        self.recipe = switch.recipe
+        self.plan = switch.plan
+        self.plain = self.recipe.optimizer.name != "fp32"
+        self.master = self.plan.low if self.plain else torch.float32
+        self.carries: Mapping[str, Tensor] = (
+            switch.state_dict().get("between_steps", {}).get("carries", {})
         )
+        self.names: dict[int, list[str]] = {}
+        self.parameters: dict[int, nn.Parameter] = {}
+        for name, p in switch.model.named_parameters(remove_duplicate=False):
+            self.names.setdefault(id(p), []).append(name)
+            self.parameters[id(p)] = p
+        self.optimizers = _labels(switch.optimizers)
+        self.broken: list[BrokenPromise] = []
+
+    def result(self) -> Audit:
+        """All that there is to say."""
+        working = self._working()
+        rows = [self._row(p, working.get(id(p), Held())) for p in self.parameters.values()]
+        foreign = [text for text, _ in self._foreign()]
+        self._check_settings()
+        for label, optimizer in self.optimizers:
+            if Guard.is_over(optimizer, self.switch):
+                continue
+            self._breach(
+                f"optimizer {label}",
+                "without the hooks that keep gradients that are not finite from it",
+                "a step that overflows is skipped",
+                "Something has cleared its step hooks: switch.off(), and switch anew",
+            )
+        return Audit(
+            recipe=str(self.recipe),
+            device=self.plan.device,
+            loss_scale=self.switch.loss_scale,
+            optimizers=tuple(label for label, _ in self.optimizers),
+            rows=tuple(rows),
+            computing=self.switch.explain().rows,
+            foreign=tuple(foreign),
+            broken=tuple(self.broken),
+        )
+
+    def _breach(self, what: str, found: object, promised: object, remedy: str) -> None:
+        self.broken.append(
+            BrokenPromise(what=what, found=str(found), promised=str(promised), remedy=remedy)
+        )
+
+    # -- parameters ---------------------------------------------------------------------------------
+
+    def _row(self, p: nn.Parameter, working: Held) -> AuditRow:
+        name, *also = self.names[id(p)]
+        return AuditRow(
+            parameter=name,
+            also=tuple(also),
+            shape=tuple(p.shape),
+            trained=p.requires_grad,
+            weight=self._weight(p, name),
+            working=working,
+            gradient=self._gradient(p, name),
+            optimizers=self._holders(p, name),
+            state=self._state(p, name),
+        )
+
+    def _goes_its_own_way(self, p: Tensor) -> bool:
+        return p.dtype not in (torch.float32, *_NARROW)
+
+    def _weight(self, p: nn.Parameter, name: str) -> Held:
+        held, format = Held.of(p.dtype), self.recipe.master
+        if self._goes_its_own_way(p):
+            return held
+        if p.dtype != self.master:
+            self._breach(
+                f"weight of {name}",
+                held,
+                f"{Held.of(self.master)} master weights",
+                "It was turned after the switch: model.half(), .to(dtype), .data = ...; what its bits lost "
+                f"stays lost. {_AS_IT_WAS}",
+            )
+        elif not self.plain and format != _FP32:
+            if _is_on_grid(local(p.detach()), format):
+                return Held.of(p.dtype, format)
+            self._breach(
+                f"weight of {name}",
+                f"{held} with numbers that are not of {format}",
+                f"weights kept in {format} between steps",
+                "It was written to from outside of the optimizer. Round it, "
+                f'halfstep.round_to(p, "{format}"), or let a step do so',
+            )
+        return held
+
+    def _gradient(self, p: nn.Parameter, name: str) -> Held:
+        if p.grad is None:
+            return Held()
+        held = Held.of(p.grad.dtype)
+        if not self._goes_its_own_way(p) and p.grad.dtype != self.master:
+            self._breach(
+                f"gradient of {name}",
+                held,
+                f"{Held.of(self.master)}, true and added up so",
+                "It was made while the parameter was in another dtype. Set it to None (zero_grad), with the "
+                "parameter in its own dtype again",
+            )
+        return held
+
+    def _working(self) -> dict[int, Held]:
+        """What a forward reads each parameter as; read in a region of its own."""
+        found: dict[int, Held] = {}
+        if not self.plan.active:
+            return {key: Held.of(p.dtype) for key, p in self.parameters.items()}
+        region = self.switch.new_region(self.switch.model)
+        with region.opened(), overrides.autocast(self.plan), torch.enable_grad():
+            for path, module in self.switch.model.named_modules():
+                for name, p in module._parameters.items():
+                    if p is not None and p.dtype in (self.master, torch.float64):
+                        place = f"{path}.{name}" if path else name
+                        found[id(p)] = self._read(module, name, p, place)
+        region.clear()
+        return found
+
+    def _read(self, module: nn.Module, name: str, p: Tensor, place: str) -> Held:
+        if not isinstance(module._parameters, LazyParameters):
+            if p.requires_grad:
+                self._breach(
+                    f"working copy of {place}",
+                    f"the {Held.of(p.dtype)} weight itself: {type(module).__name__} takes no part",
+                    f"a copy in {self.recipe.store}",
+                    "TorchScript modules cannot be reached: use the module that it was made of",
+                )
+            return Held.of(p.dtype)
+        with torch.no_grad():
+            copy = module._parameters[name]
+        copy, dtype = copy.detach(), self.plan.low
+        if p.dtype != torch.float32 or keeps_fp32(module, name):
+            dtype = p.dtype
+        held = Held.of(copy.dtype)
+        sharded = copy is p or module._parameters.fully_sharded
+        if not sharded and (copy.dtype != dtype or not _same(copy, p.detach().to(dtype))):
+            self._breach(
+                f"working copy of {place}",
+                f"{held}, and not its weight rounded",
+                f"the weight as it is now, in {Held.of(dtype)}",
+                "This is a fault of halfstep: please report it",
+            )
+        return held
+
+    # -- the optimizer's side -----------------------------------------------------------------------
+
+    def _holders(self, p: nn.Parameter, name: str) -> tuple[str, ...]:
+        holders = []
+        for label, optimizer in self.optimizers:
+            for g, group in enumerate(optimizer.param_groups):
+                if any(q is p for q in group["params"]):
+                    several = len(optimizer.param_groups) > 1
+                    holders.append(f"{label} group {g}" if several else label)
+        if p.requires_grad and self.optimizers and not holders:
+            alike = [text for text, t in self._foreign() if t.shape == p.shape]
+            why = f"; {alike[0]} has its shape and is not it" if alike else ""
+            self._breach(
+                f"parameter {name}",
+                f"trained, and held by no optimizer of the switch{why}",
+                "the optimizer updates the model's own parameters",
+                "Build the optimizer after the parameter was replaced, on model.parameters(), and give it to "
+                "halfstep.switch; freeze what is not to be trained: requires_grad_(False)",
+            )
+        return tuple(holders)
+
+    def _foreign(self) -> Iterator[tuple[str, Tensor]]:
+        """What the optimizers hold and the model does not."""
+        for _, optimizer in self.optimizers:
+            for g, group in enumerate(optimizer.param_groups):
+                for k, t in enumerate(group["params"]):
+                    if id(t) not in self.parameters:
+                        shape = "x".join(map(str, t.shape)) or "()"
+                        yield f"{place_of(optimizer, g, k)}, {shape} {Held.of(t.dtype)}", t
+
+    def _state(self, p: nn.Parameter, name: str) -> dict[str, Held]:
+        found: dict[str, Held] = {}
+        for _, optimizer in self.optimizers:
+            for key, value in optimizer.state.get(p, {}).items():
+                tensors = value if isinstance(value, (list, tuple)) else [value]
+                for t in tensors:
+                    if isinstance(t, BlockTensor) or (isinstance(t, Tensor) and t.dim()):
+                        lists = tensors is value
+                        found[str(key)] = self._moment(p, t, f"{key} of {name}", lists)
+        if name in self.carries:
+            found["carry"] = Held.of(self.carries[name].dtype)
+        return found
+
+    def _moment(self, p: Tensor, t: Tensor | BlockTensor, what: str, in_list: bool) -> Held:
+        format = self.recipe.moments
+        if isinstance(t, BlockTensor):
+            held = Held.of(t.values.dtype, t.format)
+            if t.format != format:
+                self._breach_moment(what, held)
+            return held
+        held = Held.of(t.dtype)
+        known = (torch.float32, *STORED.values())
+        if in_list or t.dtype not in known or self._goes_its_own_way(p):
+            return held
+        if self.plain or format == _FP32:
+            if t.dtype != self.master:
+                self._breach_moment(what, held)
+        elif t.dtype == torch.float32:  # as it was loaded; or torch has no dtype for the format
+            if isinstance(format, BlockFormat):
+                return held
+            if _is_on_grid(local(t), format):
+                return Held.of(t.dtype, format)
+            self._breach_moment(what, f"{held} with numbers that are not of {format}")
+        elif t.dtype != STORED.get(str(format)):
+            self._breach_moment(what, held)
+        return held
+
+    def _breach_moment(self, what: str, found: object) -> None:
+        format = Held.of(self.master) if self.plain else self.recipe.moments
+        self._breach(
+            f"optimizer state {what}",
+            found,
+            f"{format}",
+            "It was loaded into weights of another dtype, or is of another recipe: load it again with the "
+            "model switched. If the optimizer keeps it so by design, say so in the recipe: moments=bf16",
+        )
+
+    # -- sums ---------------------------------------------------------------------------------------
+
+    def _check_settings(self) -> None:
+        """Settings of torch that have its kernels multiply or add in less than the recipe says."""
+        if not self.recipe.adds_in_fp32 or self.recipe.is_identity:
+            return
+        dots = self.plan.rows[0]
+        precision = torch.get_float32_matmul_precision()
+        if dots.executor is Executor.EMULATED and precision != "highest":
+            self._breach(
+                "the FP32 kernel behind emulated dot products",
+                f'at torch.set_float32_matmul_precision("{precision}")',
+                "exact products of rounded operands, added in fp32",
+                'Say torch.set_float32_matmul_precision("highest")',
+            )
+        if self.plan.device == "cuda" and torch.backends.cuda.matmul.allow_fp16_accumulation:
+            self._breach(
+                "the accumulator of dot products",
+                "fp16: torch.backends.cuda.matmul.allow_fp16_accumulation is True",
+                "fp32",
+                "Set it to False, or say what is meant: fp16:accumulate=fp16",
+            )
+
+
+def _labels(optimizers: tuple[Optimizer, ...]) -> list[tuple[str, Optimizer]]:
+    """Each with its class, and a number where there are several of a class."""
+    kinds = [type(o).__name__ for o in optimizers]
+    return [
+        (f"{kind} {kinds[:k].count(kind) + 1}" if kinds.count(kind) > 1 else kind, o)
+        for k, (kind, o) in enumerate(zip(kinds, optimizers, strict=True))
+    ]
+
+
+def _is_on_grid(t: Tensor, format: Format) -> bool:
+    return _same(t, ops.round_to(t, format))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.view(bits), b.view(bits))

@@ -20,10 +20,10 @@ from halfstep.format import BlockFormat, Format, Rounding
 from halfstep.ops import BlockTensor
 from halfstep.recipe import Recipe, Update
 
-__all__ = ["BetweenSteps"]
+__all__ = ["STORED", "BetweenSteps"]
 
 # Formats that torch has a dtype for, which then is what a tensor of them is stored in.
-_STORED = {
+STORED = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "e4m3fn": torch.float8_e4m3fn,
@@ -206,11 +206,11 @@ def _states(optimizer: Optimizer, own: Mapping[int, str]) -> list[dict[str, Any]
 
 
 def _dtype(format: Format) -> torch.dtype:
-    return _STORED.get(format.name, torch.float32)
+    return STORED.get(format.name, torch.float32)
 
 
 def _is_stored(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype in _STORED.values()
+    return isinstance(value, Tensor) and value.dtype in STORED.values()
 
 
 def _stored(

@@ -94,6 +94,13 @@ class Guard:
             guard._to_torchs_step = step_in_one_pass(optimizer)
         return guard
 
+    @classmethod
+    def is_over(cls, optimizer: Optimizer, owner: Owner) -> bool:
+        """True while ``owner`` is told before and after each step of ``optimizer``."""
+        hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+        guards = [{getattr(h, "__self__", None) for h in of.values()} for of in hooks]
+        return any(isinstance(g, cls) and owner in g._owners for g in guards[0] & guards[1])
+
     def leave(self, owner: Owner) -> None:
         """Report to ``owner`` no longer; without any owner the hooks are gone."""
         self._owners.remove(owner)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from halfstep.errors import ScaledGradientError
-from halfstep.switching.audit import Intervals
 from halfstep.switching.boundary import OUTWARD, Gate, scaled, unscaled
+from halfstep.switching.graph_walk import Intervals
 from halfstep.switching.region import current
 
 __all__ = ["install"]

@@ -24,11 +24,20 @@ from halfstep.switching.met import Met
 from halfstep.switching.plan import Plan
 from halfstep.switching.ranks import is_sharded
 from halfstep.switching.roles import Roles
+from halfstep.switching.structure import tensors_in
 
-__all__ = ["LazyParameters", "Region", "current", "keeps_fp32", "loose_region", "reopening"]
+__all__ = [
+    "LazyParameters",
+    "Region",
+    "current",
+    "graph_shape",
+    "keeps_fp32",
+    "loose_region",
+    "reopening",
+]
 
 # Called with what a region gave, the region, and what it was given; raises where a gradient would leak.
-Audit = Callable[[Any, "Region", Any], None]
+GraphCheck = Callable[[Any, "Region", Any], None]
 
 _local = threading.local()
 _NARROW = (torch.float16, torch.bfloat16)
@@ -122,8 +131,8 @@ class Region:
         "_frozen_copies",
         "_low",
         "_masters",
-        "audit",
         "buckets",
+        "check_graph",
         "emulator",
         "first_node",
         "gate",
@@ -144,7 +153,7 @@ class Region:
         gate: Gate,
         scaled: bool,
         buckets: Buckets,
-        audit: Audit,
+        check_graph: GraphCheck,
         roles: Roles,
         met: Met,
         *,
@@ -155,7 +164,7 @@ class Region:
         """Of no model: a switched one that is called in it opens a region of its own."""
         self.met = met
         self.gate = gate
-        self.audit = audit
+        self.check_graph = check_graph
         # At scale 1 a plain cast is a boundary: torch's own node turns the gradient to FP32.
         self.lowers_through_boundary = scaled
         self.buckets = buckets
@@ -286,7 +295,7 @@ class Region:
             self.gate,
             self.lowers_through_boundary,
             SINGLES,
-            self.audit,
+            self.check_graph,
             self.roles,
             self.met,
             loose=self.loose,
@@ -362,7 +371,7 @@ def reopening(function: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             again.clear()
         if torch.is_grad_enabled() and again.lowers_through_boundary:
-            again.audit(out, again, (args, kwargs))
+            again.check_graph(out, again, (args, kwargs))
         return out
 
     return run
@@ -377,3 +386,9 @@ def check_unwritten(region: Region, name_of: Callable[[Tensor], str]) -> None:
             "copy and the change would be lost. Change the parameter after forward, or keep what forward "
             "updates in a buffer"
         )
+
+
+def graph_shape(region: Region, out: Any) -> object:
+    """What tells a region's graph from another: how many nodes, and what they come to."""
+    nodes = (region.last_node or region.first_node) - region.first_node
+    return nodes, *(t.dtype for t in tensors_in(out))

@@ -224,7 +224,7 @@ def _run(
     """One forward and backward; what the inspection found, and whether all that came out is finite."""
     model = run.model
     roles = run.roles if plan is run.plan else Roles(plan, model)
-    region = Region(plan, Gate(scale), True, SINGLES, _no_audit, roles, Met())
+    region = Region(plan, Gate(scale), True, SINGLES, _unchecked, roles, Met())
     # As `Switch.run` has it: inputs are rounded where every tensor of the region is.
     narrow = plan.active and (plan.narrow_writes or not plan.wide_operations)
 
@@ -268,7 +268,7 @@ def _outside(t: Tensor, region: Region) -> Tensor:
     return leave(t, region.gate, dtype) if t.grad_fn is not None else t.to(dtype)
 
 
-def _no_audit(out: Any, region: Region, given: Any) -> None:
+def _unchecked(out: Any, region: Region, given: Any) -> None:
     """Nothing that a replay makes is kept."""
 
 

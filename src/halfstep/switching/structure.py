@@ -66,3 +66,8 @@ def _replaced(container: Any, items: Any) -> Any:
     for key, item in items:
         new[key] = item
     return new
+
+
+def has_graph(value: Any) -> bool:
+    """True where a tensor in ``value`` was computed from one that requires a gradient."""
+    return any(t.grad_fn is not None for t in tensors_in(value))

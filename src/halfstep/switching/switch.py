@@ -17,8 +17,14 @@ from halfstep.errors import OperandError, SwitchError
 from halfstep.recipe import Recipe, ScalingKind
 from halfstep.switching import engine, hooks, overrides, unlisted
 from halfstep.switching.admission import device_of, optimizers_in, uncompiled
-from halfstep.switching.adoption import Shape, adopt, release, working_dtypes
-from halfstep.switching.audit import (
+from halfstep.switching.adoption import Shape, adopt, check_not_switched, release, working_dtypes
+from halfstep.switching.audit import Audited
+from halfstep.switching.between_steps import BetweenSteps
+from halfstep.switching.boundary import enter, leave
+from halfstep.switching.checkpoints import Checkpointed
+from halfstep.switching.communication import compress
+from halfstep.switching.explanation import Explanation
+from halfstep.switching.graph_walk import (
     Intervals,
     Schedule,
     check_forward,
@@ -26,11 +32,6 @@ from halfstep.switching.audit import (
     check_wanted,
     has_left,
 )
-from halfstep.switching.between_steps import BetweenSteps
-from halfstep.switching.boundary import enter, leave
-from halfstep.switching.checkpoints import Checkpointed
-from halfstep.switching.communication import compress
-from halfstep.switching.explanation import Explanation
 from halfstep.switching.guard import Guard, watch_steps
 from halfstep.switching.ledger import Ledger
 from halfstep.switching.loss_scale import StepReport
@@ -41,13 +42,20 @@ from halfstep.switching.naming import describe, parameter_names
 from halfstep.switching.plain import become_narrow
 from halfstep.switching.plan import Plan, make_plan
 from halfstep.switching.ranks import Ranks, active_ddp, is_part_of, ranks_of
-from halfstep.switching.region import SMALL, Buckets, Region, check_unwritten, current
+from halfstep.switching.region import (
+    SMALL,
+    Buckets,
+    Region,
+    check_unwritten,
+    current,
+    graph_shape,
+)
 from halfstep.switching.replay import Recorder, locator
 from halfstep.switching.reports import Handle, pace
 from halfstep.switching.roles import Roles
 from halfstep.switching.speeds import explained
 from halfstep.switching.state import State, read_state, write_state
-from halfstep.switching.structure import map_tensors, tensors_in
+from halfstep.switching.structure import has_graph, map_tensors, tensors_in
 
 __all__ = ["Switch", "switch"]
 
@@ -95,14 +103,14 @@ def switch(
     return Switch(uncompiled(model), optimizers_in(optimizer), Recipe.parse(recipe))
 
 
-class Switch(Checkpointed):
+class Switch(Checkpointed, Audited):
     """Mixed precision as it is on one model: what it does, what became of the last step, and the way back."""
 
     def __init__(self, model: nn.Module, optimizers: list[Optimizer], recipe: Recipe) -> None:
         self.model = model
         self.recipe = recipe
         self.plan: Plan = make_plan(recipe, device_of(model, recipe))
-        _check_not_switched(model)
+        check_not_switched(model)
         if recipe.inference_only and optimizers:
             raise SwitchError(
                 f"recipe {recipe} is for inference only and was given an optimizer: nothing says how "
@@ -118,6 +126,7 @@ class Switch(Checkpointed):
         self._inside = Intervals()
         self._schedules: dict[int, Schedule] = {}
         self._shapes: dict[int, Shape] = {}
+        self._guards: list[Guard] = []
         self._adopted: list[nn.Module] = []
         self._ddp: DistributedDataParallel | None = None
         self._ranks = Ranks()
@@ -138,7 +147,7 @@ class Switch(Checkpointed):
             if optimizers and self.guarded:
                 self._machinery.add(watch_steps(weakref.ref(self)))
             self._adopt(model)
-        self._guards = [Guard.over(o, self) for o in optimizers]
+        self._guards.extend(Guard.over(o, self) for o in optimizers)
         self._find_ranks(None)
         self._between.start(model.parameters())
 
@@ -322,10 +331,7 @@ class Switch(Checkpointed):
         if ddp is not self._ddp and ddp is not None:  # it was put around a switched model
             self._find_ranks(ddp)
         changed = self._readopt(module)
-        audit = functools.partial(self._audit, module)
-        region = Region(
-            self.plan, self._gate, self._scaled, self._buckets, audit, self.roles, self.met
-        )
+        region = self.new_region(module)
         if torch.is_grad_enabled():
             self.roles.begin_step()
         noted = None
@@ -340,13 +346,13 @@ class Switch(Checkpointed):
             def leave(out: Any) -> Any:
                 check_unwritten(region, self.name_of)
                 opened.close()
-                if self._scaled and (torch.is_grad_enabled() or _has_graph(out)):
+                if self._scaled and (torch.is_grad_enabled() or has_graph(out)):
                     self._inside.add(region.first_node, region.last_node or region.first_node)
                     schedule = self._schedules.setdefault(id(module), Schedule())
                     if changed:
                         schedule.restart()
-                    if schedule.due(_shape(region, out)):
-                        audit(out, region, ())
+                    if schedule.due(graph_shape(region, out)):
+                        region.check_graph(out, region, ())
                 left = map_tensors(out, lambda t: self._leave(t, region))
                 if noted is not None:
                     self.recorder.await_gradients(noted, left)
@@ -355,6 +361,13 @@ class Switch(Checkpointed):
             if has_hooks_after_forward(module):
                 return call_leaving(module, lambda: call(*args, **kwargs), leave)
             return leave(call(*args, **kwargs))
+
+    def new_region(self, module: nn.Module) -> Region:
+        """One for a call of ``module``, not open yet."""
+        check = functools.partial(self._check_graph, module)
+        return Region(
+            self.plan, self._gate, self._scaled, self._buckets, check, self.roles, self.met
+        )
 
     def _check_device(self, module: nn.Module) -> None:
         parameter = next(module.parameters(), None)
@@ -388,7 +401,7 @@ class Switch(Checkpointed):
     def _note_backward(self, grads: Any) -> None:
         self.ledger.note_backward()
 
-    def _audit(self, module: nn.Module, out: Any, region: Region, given: Any) -> None:
+    def _check_graph(self, module: nn.Module, out: Any, region: Region, given: Any) -> None:
         names = self.names()
         where = next((n for n, m in self.model.named_modules() if m is module), "")
         check_forward(
@@ -428,6 +441,14 @@ class Switch(Checkpointed):
             return False
         self._adopt(root)
         return True
+
+    def take_in(self) -> None:
+        """Have modules and parameters that are new in the model take part; `SwitchError` after off()."""
+        if not self._on:
+            raise SwitchError("the switch is off: there is nothing that it promises any more")
+        if self.plan.active and self._readopt(self.model):
+            for schedule in self._schedules.values():
+                schedule.restart()
 
     # -- backward and step --------------------------------------------------------------------------
 
@@ -474,25 +495,5 @@ class Switch(Checkpointed):
             self._between.after(optimizer, self.names())
 
 
-def _shape(region: Region, out: Any) -> object:
-    """What tells a region's graph from another: how many nodes, and what they come to."""
-    nodes = (region.last_node or region.first_node) - region.first_node
-    return nodes, *(t.dtype for t in tensors_in(out))
-
-
-def _has_graph(value: Any) -> bool:
-    return any(t.grad_fn is not None for t in tensors_in(value))
-
-
 def _nothing() -> None:
     return None
-
-
-def _check_not_switched(model: nn.Module) -> None:
-    call = model.__dict__.get("_call_impl")
-    for owner in getattr(call, "owners", ()):
-        if isinstance(owner, Switch) and owner.model is model:
-            raise SwitchError(
-                f"this {type(model).__name__} is switched already, to {owner.recipe}; "
-                "call off() on that switch first"
-            )
