@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import halfstep
 from emulated import data, on_grid, small, trained
-from halfstep.errors import NonFiniteError
+from halfstep.errors import NonFiniteError, SwitchError
 
 # -- training loops -------------------------------------------------------------------------------------
 
@@ -225,3 +225,20 @@ def test_gradients_that_no_scale_mends_are_an_error_that_says_so():
         (model(torch.ones(1, 4)) * torch.inf).sum().backward()
         with pytest.raises(NonFiniteError):
             optimizer.step()
+
+
+def test_a_switched_model_is_refused_and_one_switched_off_is_not():
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    switch = halfstep.switch(model, optimizer, "fp16")
+    said = r"switched to fp16 was called inside halfstep\.emulate\(bf16\).*call switch\.off\(\), or call"
+    with halfstep.emulate("bf16"), pytest.raises(SwitchError, match=said):
+        model(torch.ones(2, 4))
+    with halfstep.emulate("fp32"):  # which changes nothing
+        model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert switch.last_step.applied
+    switch.off()
+    with halfstep.emulate("bf16") as emulation:
+        model(torch.ones(2, 4)).sum().backward()
+    assert emulation.operations

@@ -2,7 +2,8 @@
 
 In the order of the list they were taken from: 1 scale collapses, 2 step not told, 3 silent skips, 4 which
 operation, 5 masters absent, 6 accumulation in 16 bits, 7 clipping while scaled, 8 activations overflow,
-9 silent underflow, 10 resume, 13 stale casts, 14 custom functions.
+9 silent underflow, 10 resume, 11 metadata in checkpoints, 12 torch.compile, 13 stale casts, 14 custom functions,
+15 nobody can say why.
 """
 
 import math
@@ -269,6 +270,53 @@ def test_10_a_resumed_run_goes_on_with_its_scale():
     assert all(v.dtype == torch.float32 for v in model.state_dict().values())
 
 
+# -- 11. metadata of low precision in checkpoints -----------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "fp8-delayed", "mxfp8"])
+def test_11_a_checkpoint_of_an_fp8_model_is_a_plain_one(recipe, tmp_path):
+    model = mlp()
+    keys = list(model.state_dict())
+    optimizer = sgd(model)
+    switch = halfstep.switch(model, optimizer, recipe)
+    for _ in range(2):
+        optimizer.zero_grad()
+        mse(model).backward()
+        optimizer.step()
+    assert list(model.state_dict()) == keys
+    assert {type(v) for v in model.state_dict().values()} == {torch.Tensor}
+    torch.save({"model": model.state_dict(), "switch": switch.state_dict()}, tmp_path / "run.pt")
+    loaded = torch.load(tmp_path / "run.pt", weights_only=True)  # no code, no class of ours
+    plain = mlp(seed=1)
+    plain.load_state_dict(loaded["model"], strict=True)
+    again = halfstep.switch(plain, sgd(plain), recipe)
+    again.load_state_dict(loaded["switch"])
+    assert torch.equal(plain(X), model(X))
+    # One without the history of another recipe, or of none, loads too.
+    other = mlp()
+    halfstep.switch(other, sgd(other), "bf16")
+    other.load_state_dict(loaded["model"], strict=True)
+
+
+# -- 12. torch.compile changes the numerics -----------------------------------------------------------
+
+
+def test_12_a_compiled_model_is_the_eager_one_bit_for_bit():
+    def losses(compiled):
+        model = mlp()
+        optimizer = sgd(model)
+        halfstep.switch(model, optimizer, "fp16")
+        called = torch.compile(model, backend="aot_eager") if compiled else model
+        for _ in range(3):
+            optimizer.zero_grad()
+            (called(X) - Y).square().mean().backward()
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    for a, b in zip(losses(True), losses(False), strict=True):
+        assert torch.equal(a, b)
+
+
 # -- 13. stale casts ------------------------------------------------------------------------------------
 
 
@@ -341,3 +389,51 @@ def test_14_a_function_with_setup_context():
 
     wanted, got = both(program, "fp16", make=Model)
     assert_close(got, wanted, "fp16")
+
+
+# -- 15. it converges worse, and nobody can say why, or whether it is noise ----------------------------
+
+
+def test_15_the_same_run_twice_is_the_same_so_that_a_difference_is_the_recipes():
+    def trained():
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        halfstep.switch(model, optimizer, "bf16-sr")
+        for _ in range(5):
+            optimizer.zero_grad()
+            mse(model).backward()
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    torch.manual_seed(3)
+    first = trained()
+    torch.manual_seed(3)
+    assert all(torch.equal(a, b) for a, b in zip(first, trained(), strict=True))
+
+
+def learnt(recipe, lr=0.25, size=1.0):
+    """How far a weight of 1 has gone after 64 steps, of the 64 * lr * size that it is to go."""
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    halfstep.switch(model, optimizer, recipe)
+    for _ in range(64):
+        optimizer.zero_grad()
+        (model(torch.ones(1, 1)).sum() * size).backward()
+        optimizer.step()
+    return (1.0 - model.weight.item()) / (64 * lr * size)
+
+
+def test_15_ablations_say_which_protection_a_task_needs_on_any_machine():
+    """Each protection taken away by itself: the run that fails names the cause, before hardware is bought."""
+    small_updates = {r: learnt(r, lr=2.0**-13) for r in ("fp16", "fp16-noscale", "fp16-nomaster")}
+    assert small_updates["fp16"] == small_updates["fp16-noscale"] == pytest.approx(1.0, rel=1e-3)
+    assert small_updates["fp16-nomaster"] == 0.0
+    small_gradients = {
+        r: learnt(r, lr=2.0**20, size=2.0**-26) for r in ("fp16", "fp16-noscale", "fp16-nomaster")
+    }
+    assert (
+        small_gradients["fp16"] == small_gradients["fp16-nomaster"] == pytest.approx(1.0, rel=1e-3)
+    )
+    assert small_gradients["fp16-noscale"] == 0.0

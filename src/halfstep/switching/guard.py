@@ -23,6 +23,7 @@ from halfstep.switching.loss_scale import StepReason
 from halfstep.switching.naming import place_of
 from halfstep.switching.one_pass import step_in_one_pass
 from halfstep.switching.ranks import Ranks, local, shards
+from halfstep.switching.structure import map_tensors
 
 __all__ = ["Guard", "Owner", "Watcher", "watch_steps"]
 
@@ -64,9 +65,9 @@ class Guard:
     """Hooks around ``optimizer.step()``: check, skip or let pass, report.
 
     One guard an optimizer, for all switches that share it. A step is skipped by running the optimizer's own
-    code on a stand-in: the optimizer but for empty parameter groups. State, counters and gradients stay as
-    they are, and learning-rate schedulers see a step that was called. Gradients are out of sight meanwhile,
-    for optimizers that keep a list of parameters beside the groups.
+    code on a stand-in: the optimizer but for empty parameter groups. State, counters (in the groups too) and
+    gradients stay as they are, and learning-rate schedulers see a step that was called. Gradients are out of
+    sight meanwhile, for optimizers that keep a list of parameters beside the groups.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -286,11 +287,27 @@ class Guard:
         for h in self._held():
             self._hidden.append((h.parameter, h.parameter.grad))  # pyright: ignore[reportArgumentType]
             h.parameter.grad = None
+        kept = {id(h.parameter) for h in self._places()}
         kind = type(self.optimizer)
         stand_in = kind.__new__(kind)
-        stand_in.__dict__.update(self.optimizer.__dict__)
-        stand_in.param_groups = [{**g, "params": []} for g in self.optimizer.param_groups]
+        stand_in.__dict__.update(_apart(self.optimizer.__dict__, kept))
+        stand_in.param_groups = [
+            _apart({**g, "params": []}, kept) for g in self.optimizer.param_groups
+        ]
         return stand_in
+
+
+# What is many parameters large, or is no affair of a step.
+_SHARED = ("param_groups", "state", "defaults")
+
+
+def _apart(values: dict[str, Any], kept: set[int]) -> dict[str, Any]:
+    """``values`` with copies of the tensors in them but those ``kept``: a count that is added to in place."""
+
+    def copied(t: Tensor) -> Tensor:
+        return t if id(t) in kept else t.detach().clone().requires_grad_(t.requires_grad)
+
+    return {k: v if k in _SHARED else map_tensors(v, copied) for k, v in values.items()}
 
 
 class Watcher(Protocol):

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from halfstep.errors import SwitchError
+from halfstep.recipe import Recipe
 from halfstep.switching import fast_path
 from halfstep.switching.boundary import Gate, lower_many
 from halfstep.switching.emulated import Emulator
@@ -278,7 +280,13 @@ class Region:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Open on this thread until the block is left, whatever leaves it."""
+        """Open on this thread until the block is left, whatever leaves it.
+
+        Raises:
+            SwitchError: within `halfstep.emulate`.
+        """
+        if torch._C._len_torch_dispatch_stack():  # pyright: ignore[reportAttributeAccessIssue]
+            _refuse_emulation(self.plan.recipe)
         before = getattr(_local, "region", None)
         fast_path.forbid()
         _local.region = self
@@ -392,3 +400,17 @@ def graph_shape(region: Region, out: Any) -> object:
     """What tells a region's graph from another: how many nodes, and what they come to."""
     nodes = (region.last_node or region.first_node) - region.first_node
     return nodes, *(t.dtype for t in tensors_in(out))
+
+
+def _refuse_emulation(recipe: Recipe) -> None:
+    """Raise `SwitchError` where a dispatch mode of this thread is an emulation that changes something."""
+    # An emulation has layers of a region's kind: import at the call.
+    from halfstep.switching.emulation.mode import EmulationMode
+
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, EmulationMode) and not mode.recipe.is_identity:
+            raise SwitchError(
+                f"a model that is switched to {recipe} was called inside halfstep.emulate({mode.recipe}): "
+                "its operations would be rounded twice, its gradients scaled twice. One of the two: call "
+                "switch.off(), or call the model outside of emulate"
+            )

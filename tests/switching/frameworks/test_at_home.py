@@ -51,7 +51,7 @@ def test_the_example_runs_and_is_short(framework, tmp_path, monkeypatch):
 # -- Lightning ------------------------------------------------------------------------------------------
 
 
-def lightning_run(recipe, steps, checkpoint=None, scale=None, folder=None, clip=None):
+def lightning_run(recipe, steps, checkpoint=None, scale=None, folder=None, clip=None, loader=None):
     """A training of some steps; returns the module, the trainer, reports and the learning rates they saw."""
     import lightning
 
@@ -95,7 +95,7 @@ def lightning_run(recipe, steps, checkpoint=None, scale=None, folder=None, clip=
         plugins=[plugin],
     )
     lit = Lit()
-    loader = torch.utils.data.DataLoader(data(), 16)
+    loader = loader or torch.utils.data.DataLoader(data(), 16)
     lit.on_train_end = lambda: trainer.save_checkpoint(Path(folder) / "last.ckpt")
     trainer.fit(lit, loader, ckpt_path=checkpoint)
     assert plugin.switch is None
@@ -129,6 +129,37 @@ def test_lightning_resumes_at_its_scale(tmp_path):
     lightning_run("fp16", 4, scale=TOO_LARGE, folder=tmp_path)  # one epoch
     resumed = lightning_run("fp16", 12, checkpoint=tmp_path / "last.ckpt", folder=tmp_path)
     assert [r.loss_scale for r in resumed.reports] == [r.loss_scale for r in whole.reports[4:]]
+
+
+class Stateful:
+    """A loader that a checkpoint notes the place of; torch's own begins an epoch anew when a run resumes."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        while True:
+            x, y = data()[(rows := torch.arange(16) + 16 * (self.at % 4))]
+            self.at += 1
+            yield x, y, rows
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("stop", [4, 6])
+def test_lightning_resumes_bit_for_bit_with_a_loader_that_does(tmp_path, stop):
+    """Without halfstep, too, a plain DataLoader's batches begin anew: weights then differ by the data."""
+    pytest.importorskip("lightning")
+    whole = lightning_run("fp16", 12, scale=TOO_LARGE, folder=tmp_path, loader=Stateful())
+    lightning_run("fp16", stop, scale=TOO_LARGE, folder=tmp_path, loader=Stateful())
+    last = tmp_path / "last.ckpt"
+    resumed = lightning_run("fp16", 12, checkpoint=last, folder=tmp_path, loader=Stateful())
+    assert [r.loss_scale for r in resumed.reports] == [r.loss_scale for r in whole.reports[stop:]]
+    assert same(weights(resumed), weights(whole))
 
 
 # -- Accelerate -----------------------------------------------------------------------------------------
