@@ -2,8 +2,8 @@
 
 In the order of the list they were taken from: 1 scale collapses, 2 step not told, 3 silent skips, 4 which
 operation, 5 masters absent, 6 accumulation in 16 bits, 7 clipping while scaled, 8 activations overflow,
-9 silent underflow, 10 resume, 11 metadata in checkpoints, 12 torch.compile, 13 stale casts, 14 custom functions,
-15 nobody can say why.
+9 silent underflow, 10 resume, 11 metadata in checkpoints, 12 torch.compile, 13 stale casts,
+14 custom functions, 15 nobody can say why.
 """
 
 import math

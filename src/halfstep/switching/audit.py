@@ -22,7 +22,6 @@ from halfstep.recipe import Recipe
 from halfstep.switching import overrides
 from halfstep.switching.audit_table import Audit, AuditRow, BrokenPromise, Held
 from halfstep.switching.between_steps import STORED
-from halfstep.switching.explanation import Explanation
 from halfstep.switching.guard import Guard, Owner
 from halfstep.switching.naming import place_of
 from halfstep.switching.plan import Executor, Plan
@@ -51,10 +50,6 @@ class Audited(Owner, Protocol):
     @property
     def loss_scale(self) -> float:
         """That of the next backward."""
-        ...
-
-    def explain(self) -> Explanation:
-        """What computes each kind of operation."""
         ...
 
     def take_in(self) -> None:
@@ -146,7 +141,7 @@ class _Auditor:
             loss_scale=self.switch.loss_scale,
             optimizers=tuple(label for label, _ in self.optimizers),
             rows=tuple(rows),
-            computing=self.switch.explain().rows,
+            computing=self.plan.rows,
             foreign=tuple(foreign),
             broken=tuple(self.broken),
         )
