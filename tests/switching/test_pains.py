@@ -411,7 +411,7 @@ def test_15_the_same_run_twice_is_the_same_so_that_a_difference_is_the_recipes()
     assert all(torch.equal(a, b) for a, b in zip(first, trained(), strict=True))
 
 
-def learnt(recipe, lr=0.25, size=1.0):
+def learnt(recipe, lr, size=1.0):
     """How far a weight of 1 has gone after 64 steps, of the 64 * lr * size that it is to go."""
     model = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
@@ -427,13 +427,10 @@ def learnt(recipe, lr=0.25, size=1.0):
 
 def test_15_ablations_say_which_protection_a_task_needs_on_any_machine():
     """Each protection taken away by itself: the run that fails names the cause, before hardware is bought."""
-    small_updates = {r: learnt(r, lr=2.0**-13) for r in ("fp16", "fp16-noscale", "fp16-nomaster")}
-    assert small_updates["fp16"] == small_updates["fp16-noscale"] == pytest.approx(1.0, rel=1e-3)
-    assert small_updates["fp16-nomaster"] == 0.0
-    small_gradients = {
-        r: learnt(r, lr=2.0**20, size=2.0**-26) for r in ("fp16", "fp16-noscale", "fp16-nomaster")
-    }
-    assert (
-        small_gradients["fp16"] == small_gradients["fp16-nomaster"] == pytest.approx(1.0, rel=1e-3)
-    )
-    assert small_gradients["fp16-noscale"] == 0.0
+    recipes = ("fp16:initial=1024", "fp16-noscale", "fp16-nomaster:initial=1024")
+    whole, noscale, nomaster = (learnt(r, lr=2.0**-13) for r in recipes)
+    assert whole == noscale == 1.0
+    assert nomaster == 0.0, "updates below half of fp16's spacing"
+    whole, noscale, nomaster = (learnt(r, lr=2.0**20, size=2.0**-26) for r in recipes)
+    assert whole == nomaster == 1.0
+    assert noscale == 0.0, "gradients below fp16's smallest number"
