@@ -183,6 +183,40 @@ def test_a_training_script(tmp_path):
     assert "12 steps, none skipped" in text
 
 
+def test_a_training_script_emulated(tmp_path):
+    page, record = tmp_path / "report.html", tmp_path / "run.json"
+    options = ("--fail", "forward")
+    plain = started(PYTHON, "training.py", *options)
+    how = ("--emulate", "--recipe", "fp16", "--report", page, "--json", record)
+    emulated = started(HALFSTEP, "run", *how, "training.py", *options)
+    check_training(plain, emulated)
+    first, *_, last = [line for line in emulated.err.splitlines() if line.startswith("halfstep: ")]
+    assert first.startswith("halfstep: recipe fp16: ") and first.endswith(" operations emulated")
+    assert last == "halfstep: 12 steps, 0 skipped, loss scale 65536"
+    run = json.loads(record.read_text())
+    assert (run["steps"], run["loss_scales"], run["unknown"]) == (12, [65536.0, 65536.0], [])
+    assert sum(run["operations"]["dot"].values()) > 12
+    text = page.read_text()
+    assert "training.py --fail forward in fp16" in text and "12 steps, 0 skipped" in text
+
+
+def test_emulate_runs_what_no_model_is_made_of(tmp_path):
+    (tmp_path / "functions.py").write_text(
+        "import sys, atexit, torch\natexit.register(lambda: print(torch.ones(1).item()))\n"
+        "x = torch.full((1,), 2048.0)\nprint((x + 1).item())\nsys.exit(int(sys.argv[1]))\n"
+    )
+    how = ("run", "--emulate", "--recipe", "fp16-naive", "functions.py")
+    ended = started(HALFSTEP, *how, "0", cwd=tmp_path)
+    assert (ended.status, ended.out) == (0, "2048.0\n1.0\n")
+    assert started(HALFSTEP, *how, "3", cwd=tmp_path).status == 3
+    (tmp_path / "idle.py").write_text("import torch\n")
+    ended = started(HALFSTEP, "run", "--emulate", "idle.py", cwd=tmp_path)
+    assert (ended.status, ended.out) == (1, "")
+    refused = ("run", "--emulate", "--recipe", "nvfp4", "idle.py")
+    ended = started(HALFSTEP, *refused, cwd=tmp_path)
+    assert ended.status == 2 and "emulate sees operations and no modules" in ended.err
+
+
 def test_a_script_that_trains_nothing_leaves_with_status_1(tmp_path):
     (tmp_path / "idle.py").write_text("import torch\nprint(torch.ones(1).item())\n")
     ended = started(HALFSTEP, "run", "idle.py", cwd=tmp_path)

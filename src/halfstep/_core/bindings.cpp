@@ -73,6 +73,7 @@ std::vector<std::string> instruction_sets() {
 }  // namespace
 
 NB_MODULE(_core, m) {
+    nb::set_leak_warnings(false);  // what a program keeps until it ends is no leak
   m.doc() = "halfstep's native kernels; halfstep.ops.native calls them.";
   m.attr("sources") = HALFSTEP_SOURCES;  // the digest of what this was built of
 

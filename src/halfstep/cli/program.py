@@ -21,7 +21,10 @@ from halfstep.errors import HalfstepError
 __all__ = ["run_program", "when_loaded"]
 
 _OURS = str(Path(halfstep.__file__).parent) + os.sep
-_KERNELS = tuple(_OURS + str(Path("switching", name)) for name in ("overrides.py", "unlisted.py"))
+_KERNELS = tuple(
+    _OURS + str(Path("switching", name))
+    for name in ("overrides.py", "unlisted.py", "emulation/mode.py")
+)
 
 
 def run_program(

@@ -19,6 +19,7 @@ from halfstep.errors import HalfstepError, OperandError
 from halfstep.recipe import Recipe
 
 if TYPE_CHECKING:
+    from halfstep.switching.emulation import EmulatedScript
     from halfstep.switching.launcher import Launcher
 
 __all__ = ["Launch", "run_script"]
@@ -46,6 +47,13 @@ def run_script(
     is_module: Annotated[
         bool, typer.Option("-m", "--module", help="SCRIPT is a module, as in `python -m`.")
     ] = False,
+    emulated: Annotated[
+        bool,
+        typer.Option(
+            "--emulate",
+            help="Emulate the recipe in every operation, the optimizer's too, instead of switching models.",
+        ),
+    ] = False,
     report: Annotated[
         Path | None, typer.Option(help="Write a page: steps, skipped steps, loss scale.")
     ] = None,
@@ -59,6 +67,7 @@ def run_script(
     Models are found when they are called; the script's optimizers, autocast and GradScaler may be there or
     not. The script sees itself run as by python: its arguments, its exit status, its tracebacks. At the end
     a summary is written to stderr. Leaves with the script's status, or with 1 if nothing was switched.
+    With --emulate any recipe runs, whatever computes: functions without a model, the optimizer. It is slower.
 
     On several processes: torchrun --nproc-per-node 2 -m halfstep run train.py
 
@@ -73,9 +82,9 @@ def run_script(
             "--report needs plotly, which is not installed: pip install 'halfstep[report]'"
         )
     if os.environ.get("RANK", "0") == "0":  # torchrun's word for the first of its processes
-        process = _Process(parsed, page=page, record=record, quiet=quiet)
+        process = _Process(parsed, emulated, page=page, record=record, quiet=quiet)
     else:
-        process = _Process(parsed, page=None, record=None, quiet=True)
+        process = _Process(parsed, emulated, page=None, record=None, quiet=True)
 
     def job() -> None:
         when_loaded("torch", process.torch_is_there)
@@ -88,20 +97,23 @@ class _Process:
     """One launched process: what is put into torch once the script has imported it, and its summary."""
 
     def __init__(
-        self, recipe: Recipe, *, page: Path | None, record: Path | None, quiet: bool
+        self, recipe: Recipe, emulated: bool, *, page: Path | None, record: Path | None, quiet: bool
     ) -> None:
         self._recipe = recipe
+        self._emulated = emulated
         self._page = page
         self._record = record
         self._quiet = quiet
-        self._launcher: Launcher | None = None
+        self._launcher: Launcher | EmulatedScript | None = None
 
     def torch_is_there(self) -> None:
-        """Look for models from now on."""
+        """Look for models from now on, or emulate."""
+        from halfstep.switching.emulation import EmulatedScript
         from halfstep.switching.launcher import Launcher
 
         try:
-            self._launcher = Launcher(self._recipe)
+            launcher = EmulatedScript if self._emulated else Launcher
+            self._launcher = launcher(self._recipe)
         except HalfstepError as error:  # the script may catch it on its way
             print(f"halfstep: {error}", file=sys.stderr)
             sys.exit(MISUSE)
@@ -112,10 +124,11 @@ class _Process:
         launcher = self._launcher
         if launcher is None:
             if not self._quiet:
-                print("halfstep: nothing was switched: no torch was imported", file=sys.stderr)
+                done = "emulated" if self._emulated else "switched"
+                print(f"halfstep: nothing was {done}: no torch was imported", file=sys.stderr)
             return NO
         summary = launcher.summary()
-        if not summary.models and not failed:
+        if not summary.found and not failed:
             _wait_for_threads()
             summary = launcher.summary()
         if not self._quiet:
@@ -125,10 +138,16 @@ class _Process:
             self._record.write_text(text + "\n", encoding="utf-8")
         if self._page is not None:
             from halfstep.diagnosis.page import write_whole
-            from halfstep.diagnosis.run_page import build_page
+            from halfstep.diagnosis.run_page import build_emulation_page, build_page
+            from halfstep.switching.run_summary import RunSummary
 
-            write_whole(self._page, build_page(summary, sys.argv))
-        return 0 if summary.models else NO
+            text = (
+                build_page(summary, sys.argv)
+                if isinstance(summary, RunSummary)
+                else build_emulation_page(summary, sys.argv)
+            )
+            write_whole(self._page, text)
+        return 0 if summary.found else NO
 
 
 def _wait_for_threads() -> None:

@@ -9,9 +9,11 @@ import plotly.graph_objects as go
 
 from halfstep.diagnosis.page import Card, Page, Tone, figure, note, paragraph, table
 from halfstep.diagnosis.plots import COLOURS, binary_axis, styled
+from halfstep.recipe import Treatment
+from halfstep.switching.emulation import EmulationSummary
 from halfstep.switching.run_summary import ModelRun, RunSummary
 
-__all__ = ["build_page"]
+__all__ = ["build_emulation_page", "build_page"]
 
 _SKIPS_SHOWN = 100
 
@@ -32,6 +34,38 @@ def build_page(summary: RunSummary, arguments: Sequence[str]) -> str:
             for r in explanation.rows
         ]
         page.section(f"The recipe on {explanation.device}", table(head, rows))
+    return page.html()
+
+
+def build_emulation_page(summary: EmulationSummary, arguments: Sequence[str]) -> str:
+    """The page of ``halfstep run --emulate``: operations by class, steps."""
+    page = Page(
+        kicker="halfstep run --emulate", title=f"{shlex.join(arguments)} in {summary.recipe}"
+    )
+    total = sum(sum(counts.values()) for counts in summary.operations.values())
+    page.cards(
+        [
+            Card(
+                label="operations",
+                figure=str(total),
+                detail="each emulated",
+                tone=Tone.GOOD if total else Tone.BAD,
+            ),
+            Card(label="optimizer steps", figure=str(summary.steps), detail="of all optimizers"),
+            Card(
+                label="skipped",
+                figure=str(summary.skipped_steps),
+                detail="gradients were not finite",
+            ),
+        ]
+    )
+    lines = [line.removeprefix("halfstep: ") for line in str(summary).splitlines()]
+    page.verdict("What was done", lines, warning=not total)
+    for kind, counts in summary.operations.items():
+        rows = [(name.removeprefix("aten."), str(n)) for name, n in counts.items()]
+        page.section(
+            f"{kind}: {Treatment(kind).why}", table(("operation", "calls"), rows, numbers=(1,))
+        )
     return page.html()
 
 

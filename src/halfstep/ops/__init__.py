@@ -15,7 +15,7 @@ from halfstep.ops.counting import count_nonfinite, unscale
 from halfstep.ops.matmul import matmul
 from halfstep.ops.products import multiply
 from halfstep.ops.random_bits import Key, draw_key, random_bits
-from halfstep.ops.rounding import round_to
+from halfstep.ops.rounding import round_to, rounder
 from halfstep.ops.sparsity import prune_2_4
 from halfstep.ops.stepping import AdamRule, SgdRule, adam_step, sgd_step
 
@@ -44,6 +44,7 @@ __all__ = [
     "random_bits",
     "round_blocks",
     "round_to",
+    "rounder",
     "sgd_step",
     "unscale",
 ]

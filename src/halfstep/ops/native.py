@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -70,6 +70,7 @@ __all__ = [
     "refuses_matmul",
     "refuses_round",
     "round_into",
+    "rounder",
     "unscale",
 ]
 
@@ -168,6 +169,29 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
         torch.autograd.graph.increment_version(out)
     else:
         target.copy_(rounded)
+
+
+def rounder(format: Format) -> Callable[[Tensor], Tensor] | None:
+    """``x`` rounded to nearest, in a new tensor; None where there is no kernel of the format.
+
+    What can be decided once is: for contiguous FP32 tensors with memory of their own, and no graph.
+    """
+    if MISSING or not _has_kernel(format):
+        return None
+    in_float64 = not holds(torch.float32, format)
+    grid, code = grid_of(format, Rounding.NEAREST, in_float64), CODES[Rounding.NEAREST]
+    kernel, carrier = _core.round_to, CARRIERS[torch.float32]
+    key = Key()
+    bits = key.low, key.high, key.used
+
+    def rounded(x: Tensor) -> Tensor:
+        out = torch.empty_like(x, requires_grad=False)
+        if x.numel():
+            memory = x.data_ptr(), carrier, out.data_ptr(), carrier
+            kernel(*memory, in_float64, x.numel(), grid, code, *bits, torch.get_num_threads())
+        return out
+
+    return rounded
 
 
 def refuses_matmul(accumulator: Accumulator, tensors: Sequence[Tensor]) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import (  # pyright: ignore[reportMissingModuleSource]
+    is_functorch_wrapped_tensor,
+)
 from torch.autograd import forward_ad
 
 from halfstep.errors import OperandError
 from halfstep.format import Format, Kind, Overflow, Rounding, Subnormals
+from halfstep.ops import native
 from halfstep.ops.backends import Backend, choose
 from halfstep.ops.carriers import CARRIERS, INTEGERS, holds, result_dtype
 from halfstep.ops.custom import (
@@ -22,6 +27,7 @@ from halfstep.ops.custom import (
     seed_for,
     straight_through,
 )
+from halfstep.ops.layout import PLAIN
 from halfstep.ops.random_bits import ALL_BITS, Key, draw_key
 
 __all__ = ["round_into", "round_to"]
@@ -110,6 +116,28 @@ def round_to(
 def round_into(out: Tensor, x: Tensor, format: Format) -> None:
     """Writes ``x``, rounded to nearest, to ``out``: no checks, no graph, no node of one."""
     _round_into(out, x, format, Rounding.NEAREST, _NO_KEY, Backend.AUTO)
+
+
+def rounder(format: Format) -> Callable[[Tensor], Tensor]:
+    """A function that gives ``round_to(x, format)`` of FP32 and FP64 tensors, without a graph.
+
+    For callers with many small tensors: what depends on the format alone is decided here.
+    """
+    native_one = native.rounder(format)
+
+    def rounded(x: Tensor) -> Tensor:
+        if (
+            native_one is not None
+            and x.dtype is torch.float32
+            and type(x) in PLAIN
+            and x.device.type == "cpu"
+            and x.is_contiguous()
+            and not (x.is_neg() or is_functorch_wrapped_tensor(x))
+        ):
+            return native_one(x)
+        return round_to(x.detach(), format)
+
+    return rounded
 
 
 def _with(

@@ -64,6 +64,10 @@ class Operands:
         """The operand format of a role."""
         return self._formats[role]
 
+    def is_stochastic(self, role: Role) -> bool:
+        """True where a role's operands are rounded by random bits."""
+        return role is Role.GRADIENT and self._gradient_rounding is Rounding.STOCHASTIC
+
     def clips(self, role: Role) -> bool:
         """True where the gradient of the rounding is straight through only between -1 and 1."""
         format = self._formats[role]
@@ -91,8 +95,7 @@ class Operands:
             return self.rounded(t.mT, role, swapped, site).mT
         wide = t.detach().to(torch.float32)
         out = torch.empty_like(wide) if wide.data_ptr() == t.data_ptr() else wide
-        stochastic = role is Role.GRADIENT and self._gradient_rounding is Rounding.STOCHASTIC
-        rounding = self._gradient_rounding if stochastic else Rounding.NEAREST
+        rounding = Rounding.STOCHASTIC if self.is_stochastic(role) else Rounding.NEAREST
         if isinstance(format, Format):
             return ops.round_to(wide, format, rounding, out)
         if self.histories.window:

@@ -55,9 +55,16 @@ _gemm = _pick_gemm()
 
 def wide_rows(a: Tensor, b: Tensor, accumulate: Accumulator) -> Tensor:
     """``a @ b.T`` of FP32 carriers (M, K) and (N, K), added in ``accumulate``; FP32, no graph."""
-    if accumulate == FP32_SUMS:
+    if accumulate is FP32_SUMS or accumulate == FP32_SUMS:
         return _gemm(a, b)
     return ops.multiply(a, b.t(), accumulate)
+
+
+def wide_product(a: Tensor, b: Tensor, accumulate: Accumulator) -> Tensor:
+    """``a @ b`` of FP32 carriers: the bits of ``wide_rows(a, b.T)``."""
+    if accumulate is FP32_SUMS and a.numel() * b.size(1) < _TINY:
+        return torch.mm(a, b)
+    return wide_rows(a, b.t(), accumulate)
 
 
 def repeated_rows(b: Tensor, count: int, accumulate: Accumulator) -> Callable[[Tensor], Tensor]:

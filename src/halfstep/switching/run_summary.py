@@ -85,6 +85,11 @@ class RunSummary:
     grad_scaler: bool
     """The script used a ``torch.amp.GradScaler``."""
 
+    @property
+    def found(self) -> bool:
+        """True where a model was switched."""
+        return bool(self.models)
+
     def __str__(self) -> str:
         if self.models:
             executors = [_executors(explanation) for explanation in self.explanations]

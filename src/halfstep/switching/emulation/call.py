@@ -16,6 +16,7 @@ from halfstep.switching.emulation.numbers import (
     ROLES,
     WEIGHT,
     WIDE,
+    to,
 )
 from halfstep.switching.emulation.operations import Operation
 
@@ -43,6 +44,7 @@ class Call:
         "has_numbers",
         "is_left_alone",
         "it",
+        "known",
         "kwargs",
         "mode",
         "node",
@@ -62,6 +64,8 @@ class Call:
         self.mode, self.it, self.args, self.kwargs, self.node = mode, it, args, kwargs, node
         self.floats: list[Tensor] = []
         """Carriers that have dimensions."""
+        self.known: dict[int, int] = {}
+        """Their marks, by id."""
         self.zero_dim = False
         """A carrier is a single number."""
         self.has_numbers = False
@@ -97,6 +101,7 @@ class Call:
         """Marks of all carriers: what role the results have, and whether they are of the store format."""
         mode = self.mode
         marks_of, backward = mode.marks.of, self.node is not None
+        known = self.known
         role = WEIGHT
         low, marked, others = True, True, False
         for t in self.floats:
@@ -107,6 +112,7 @@ class Call:
                 else:
                     marks |= GRADIENT if backward else ACTIVATION
                     mode.marks.set(t, marks)
+            known[id(t)] = marks
             if marks & GRADIENT:
                 role = GRADIENT
             elif marks & ACTIVATION and role is not GRADIENT:
@@ -137,7 +143,8 @@ class Call:
 
     def marks_of(self, t: Tensor) -> int:
         """The marks of a carrier with dimensions."""
-        return self.mode.marks.of(t)
+        marks = self.known.get(id(t))
+        return self.mode.marks.of(t) if marks is None else marks
 
     def _is_low(self, marks: int) -> bool:
         return not marks & WIDE and (self.mode.stores_all or bool(marks & LOW))
@@ -146,7 +153,9 @@ class Call:
         """True for numbers of the store format; false for a single one, and for FP32 masters."""
         if not t.dim() or t.dtype not in CARRIERS:
             return False
-        marks = self.marks_of(t)
+        return self._is_written_low(self.marks_of(t))
+
+    def _is_written_low(self, marks: int) -> bool:
         if marks & WEIGHT and self.mode.masters_wide:
             return bool(marks & LOW)
         return self._is_low(marks)
@@ -204,7 +213,7 @@ class Call:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operation itself, in the carriers' dtype."""
-        return self.it.op(*args, **kwargs)
+        return self.it.run(*args, **kwargs)
 
     @property
     def has_double(self) -> bool:
@@ -230,7 +239,7 @@ class Call:
             if not t.dim() or self.marks_of(t) & WIDE:
                 return t
             double = double or t.dtype is torch.float64
-            return t.to(low) if scale == 1.0 or t is not gradient else (t * scale).to(low)
+            return to(t if scale == 1.0 or t is not gradient else t * scale, low)
 
         args, kwargs = self.mapped(cast)
         copies = []
@@ -242,7 +251,7 @@ class Call:
                     copies.append((args[k], changed[k]))
             args = tuple(changed)
         try:
-            out = it.op(*args, **kwargs)
+            out = it.run(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
             it.no_kernel = "not implemented for" in str(error)
             return NO_KERNEL
@@ -258,7 +267,7 @@ class Call:
                 if t is copy:
                     return carrier
             if t.dtype is low:
-                t = t.to(wide)
+                t = to(t, wide)
                 t = t if scale == 1.0 else t.div_(scale)
                 mode.set_marks(t, self.role | LOW)
             elif t.dtype in CARRIERS:
@@ -310,11 +319,11 @@ class Call:
         if not isinstance(t, Tensor) or t.dtype not in CARRIERS:
             return t
         if not t.dim() or t.layout is not torch.strided:
-            return t if wanted is None else t.to(wanted)
+            return t if wanted is None else to(t, wanted)
         if low and rounds:
             t = self.mode.numbers.stored(t, self.scale)
         if wanted is not None and t.dtype is not wanted:
-            t = t.to(wanted)
+            t = to(t, wanted)
         mark = LOW if low else (WIDE if keeps and self.mode.stores_all else 0)
         self.mode.marks.set(t, self.role | mark)
         return t
@@ -331,7 +340,7 @@ class Call:
                 if t.layout is not torch.strided:
                     continue
                 marks = mode.marks.of(t)
-                into_low = low if it.outs else self.is_low(t)
+                into_low = low if it.outs else self._is_written_low(marks)
                 if not into_low:
                     if marks & LOW:
                         mode.marks.set(t, marks & ~LOW)

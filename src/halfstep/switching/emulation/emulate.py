@@ -135,6 +135,8 @@ class Emulation(contextlib.ContextDecorator):
         self._lock = threading.RLock()
         self._precision = ScriptPrecision(lambda: self._scaled)
         self._named: set[str] = set()
+        self._scales: set[float] = set()
+        self.ledger.reports.subscribe(lambda report: self._scales.add(report.loss_scale))
 
     # -- on and off ---------------------------------------------------------------------------------
 
@@ -425,7 +427,8 @@ class Emulation(contextlib.ContextDecorator):
             operations=self.operations,
             steps=self.ledger.steps,
             skipped_steps=self.ledger.skipped_steps,
-            loss_scale=self.loss_scale,
+            loss_scales=(min(self._scales, default=1.0), max(self._scales, default=1.0)),
+            unknown=() if self.recipe.is_identity else self.unknown,
             autocast=self._precision.autocast,
             grad_scaler=self._precision.grad_scaler and self._scaled,
         )

@@ -35,10 +35,11 @@ from halfstep.switching.emulation.numbers import (
     WIDE,
     Marks,
     Numbers,
+    to,
 )
 from halfstep.switching.emulation.operations import Operation
 from halfstep.switching.emulation.products import product
-from halfstep.switching.products import FP32_SUMS
+from halfstep.switching.products import FP32_SUMS, wide_product
 
 __all__ = ["EmulationMode"]
 
@@ -58,8 +59,8 @@ class EmulationMode(TorchDispatchMode):
         self.recipe = recipe
         self.marks = Marks(serial)
         self.numbers = Numbers(recipe)
-        self.accumulate = accumulate
-        self.operations: dict[Any, Operation] = {}
+        self.accumulate = FP32_SUMS if accumulate == FP32_SUMS else accumulate
+        self.operations: dict[int, Operation] = {}
         self.is_paused: Callable[[], bool] = bool
         """True where operations run as they are: the optimizer's, where it is FP32."""
         self.scale: Callable[[], float] = lambda: 1.0
@@ -72,6 +73,11 @@ class EmulationMode(TorchDispatchMode):
         self.masters_wide = recipe.master.name == "fp32"
         self._limit = float(recipe.store.max)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch would put two calls of its own around each of ours, and into every traceback."""
+        return False
+
     # -- every operation ----------------------------------------------------------------------------
 
     def __torch_dispatch__(
@@ -82,9 +88,9 @@ class EmulationMode(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        it = self.operations.get(func)
+        it = self.operations.get(id(func))  # it keeps ``func``, whose hash is slow
         if it is None:
-            it = self.operations[func] = Operation(func, self.recipe.policy)
+            it = self.operations[id(func)] = Operation(func, self.recipe.policy)
         it.count += 1
         if types and any(t not in _PLAIN for t in types):
             return NotImplemented  # a subclass takes itself apart; what it is made of comes here
@@ -217,13 +223,12 @@ class EmulationMode(TorchDispatchMode):
             nonlocal gradients
             dim = next(dims, -1)
             if not t.dim():
-                return t.to(torch.float32)
+                return to(t, torch.float32)
             marks = call.marks_of(t)
             if not marks & GRADIENT:
-                return numbers.operand(t, marks, max(dim, -t.dim())).to(torch.float32)
+                return to(numbers.operand(t, marks, max(dim, -t.dim())), torch.float32)
             gradients += 1
-            rounded = numbers.operand(t, marks, max(dim, -t.dim()), call.scale)
-            rounded = rounded.to(torch.float32)
+            rounded = to(numbers.operand(t, marks, max(dim, -t.dim()), call.scale), torch.float32)
             return rounded * call.scale if scaled else rounded
 
         if (
@@ -233,13 +238,16 @@ class EmulationMode(TorchDispatchMode):
         ):
             return self._convolution_backward(call)
         # A narrow accumulator sums what the scaled program has; to an FP32 one a scale is all the same.
-        scaled = call.scale != 1.0 and self.accumulate != FP32_SUMS
+        scaled = call.scale != 1.0 and self.accumulate is not FP32_SUMS
+        if it.name == "mm" and call.scale == 1.0:  # the commonest, without what the others need
+            made = wide_product(operand(call.args[0]), operand(call.args[1]), self.accumulate)
+            return call.results(made, wanted=wanted)
         args, kwargs = call.mapped(operand)
         if it.name.startswith(("add", "baddbmm")):  # what is added to is no operand: a bias
-            bias = call.rounded(call.args[0]).to(torch.float32)
+            bias = to(call.rounded(call.args[0]), torch.float32)
             args = (bias * call.scale**gradients if scaled else bias, *args[1:])
         if it.name.endswith("convolution") and len(args) > 2 and args[2] is not None:
-            args = (*args[:2], call.rounded(call.args[2]).to(torch.float32), *args[3:])
+            args = (*args[:2], to(call.rounded(call.args[2]), torch.float32), *args[3:])
         if not (it.writes or it.outs):
             made = product(it.op, it.name, args, kwargs, self.accumulate)
             if scaled:

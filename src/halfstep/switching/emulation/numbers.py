@@ -6,6 +6,8 @@ the recipe. What is known of it is a mark on its storage: views share it, and it
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ __all__ = [
     "WIDE",
     "Marks",
     "Numbers",
+    "to",
 ]
 
 CARRIERS = (torch.float32, torch.float64)
@@ -57,6 +60,20 @@ class Marks:
         t.untyped_storage()._halfstep_mark = self._owner | marks  # pyright: ignore[reportAttributeAccessIssue]
 
 
+# torch's own: the program's ``Tensor.to`` and ``float`` are looked at (`surroundings.patch_float`).
+_TO: dict[torch.dtype, Callable[[Tensor], Tensor]] = {
+    torch.float16: torch._C.TensorBase.half,
+    torch.bfloat16: torch._C.TensorBase.bfloat16,
+    torch.float32: torch._C.TensorBase.float,
+    torch.float64: torch._C.TensorBase.double,
+}
+
+
+def to(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` in a floating-point dtype, past what the program's own changes of dtype meet."""
+    return _TO[dtype](t)
+
+
 _ROLES = {WEIGHT: Role.WEIGHT, ACTIVATION: Role.ACTIVATION, GRADIENT: Role.GRADIENT}
 _SITE = Site("", named=False)
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -68,7 +85,7 @@ class Numbers:
     ``dtype`` is torch's dtype of the store format, or FP32 where torch has none.
     """
 
-    __slots__ = ("_operands", "dtype", "identity", "recipe", "store")
+    __slots__ = ("_operands", "_reads", "_store", "dtype", "identity", "recipe", "store")
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -76,23 +93,36 @@ class Numbers:
         self.dtype: torch.dtype = _DTYPES.get(recipe.store.name, torch.float32)
         self.identity = recipe.store.name == "fp32"
         self._operands = Operands(recipe)
+        self._store = _rounder(self.store, self.dtype)
+        # role -> how a dot product reads it; None where blocks or random bits are to be decided a call
+        self._reads = {mark: self._reader(role) for mark, role in _ROLES.items()}
+
+    def _reader(self, role: Role) -> Callable[[Tensor, float], Tensor] | None:
+        format = self._operands.format(role)
+        if format == self.store:
+            return self.stored
+        if str(format) == "fp32":
+            return lambda t, scale: t
+        if isinstance(format, BlockFormat) or self._operands.is_stochastic(role):
+            return None
+        rounded = _rounder(format, torch.float32)
+        return lambda t, scale: _scaled(rounded, t, scale)
 
     def stored(self, t: Tensor, scale: float = 1.0) -> Tensor:
         """``t`` rounded to the store format; ``t * scale`` is what is rounded, and divided out again."""
-        return t if self.identity else _rounded(t, self.store, self.dtype, scale)
+        return t if self.identity else _scaled(self._store, t, scale)
 
     def operand(self, t: Tensor, marks: int, dim: int, scale: float = 1.0) -> Tensor:
         """``t`` as a dot product that sums over ``dim`` reads it: rounded to the format of its role."""
-        role = _ROLES[marks & ROLES]
-        format = self._operands.format(role)
-        if format == self.store:
-            return t if marks & LOW else self.stored(t, scale)
-        if str(format) == "fp32":
-            return t
-        if not isinstance(format, BlockFormat) and t.dtype is torch.float64:
-            return _rounded(t, format, torch.float32, scale)
+        read = self._reads[marks & ROLES]
+        if read is not None:
+            return t if marks & LOW and read == self.stored else read(t, scale)
         x = t if scale == 1.0 else t * scale
-        y = self._operands.rounded(x, role, dim, _SITE)
+        role = _ROLES[marks & ROLES]
+        if t.dtype is torch.float64 and isinstance(format := self._operands.format(role), Format):
+            y = ops.round_to(x.detach(), format)
+        else:
+            y = self._operands.rounded(x, role, dim, _SITE)
         return y if scale == 1.0 else y / scale
 
     @property
@@ -105,11 +135,20 @@ class Numbers:
         return ops.round_to(t.detach(), self.recipe.master)
 
 
-def _rounded(t: Tensor, format: Format, dtype: torch.dtype, scale: float) -> Tensor:
+def _rounder(format: Format, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Rounds carriers to ``format``, by way of torch's ``dtype`` where that is not FP32."""
+    rounded = ops.rounder(format)
+    if dtype is torch.float32:
+        return rounded
+
+    narrowed, widened = _TO[dtype], _TO[torch.float32]
+
+    def by_dtype(t: Tensor) -> Tensor:
+        return widened(narrowed(t)) if t.dtype is torch.float32 else rounded(t)
+
+    return by_dtype
+
+
+def _scaled(rounded: Callable[[Tensor], Tensor], t: Tensor, scale: float) -> Tensor:
     # A power of two: multiplying and dividing by it is exact, so this is the scaled program's rounding.
-    x = t if scale == 1.0 else t * scale
-    if dtype is not torch.float32 and t.dtype is torch.float32:
-        y = x.to(dtype).to(torch.float32)
-    else:
-        y = ops.round_to(x.detach(), format)
-    return y if scale == 1.0 else y.div_(scale)
+    return rounded(t) if scale == 1.0 else rounded(t * scale).div_(scale)

@@ -50,6 +50,7 @@ class Operation:
         "op",
         "outs",
         "pointwise",
+        "run",
         "summed",
         "text",
         "wide",
@@ -60,6 +61,8 @@ class Operation:
         schema = op._schema
         namespace, _, self.name = schema.name.partition("::")
         self.op = op
+        self.run = op._op
+        """The same without Python's layer around it."""
         self.text = str(op)
         self.count = 0
         self.no_kernel = False

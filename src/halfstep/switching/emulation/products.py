@@ -11,7 +11,7 @@ from halfstep import ops
 from halfstep.errors import SwitchError
 from halfstep.format import Accumulator
 from halfstep.ops.windows import Form, Geometry, convolve
-from halfstep.switching.products import FP32_SUMS, wide_rows
+from halfstep.switching.products import FP32_SUMS, wide_product
 
 __all__ = ["product"]
 
@@ -25,14 +25,16 @@ def product(
 ) -> Any:
     """What the aten dot product ``op`` gives for FP32 operands that are rounded already.
 
+    ``accumulate``: `FP32_SUMS` itself where sums are in FP32.
+
     Raises:
         SwitchError: the accumulator is narrow and no such product is known; it is never FP32 instead.
     """
     if name == "mm" and not kwargs:
-        return wide_rows(args[0], args[1].t(), accumulate)
+        return wide_product(args[0], args[1], accumulate)
     if name == "addmm" and not kwargs and args[0].dim() == 1:
-        return wide_rows(args[1], args[2].t(), accumulate).add_(args[0])
-    if accumulate == FP32_SUMS:
+        return wide_product(args[1], args[2], accumulate).add_(args[0])
+    if accumulate is FP32_SUMS:
         return op(*args, **kwargs)
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
     if name in ("bmm", "matmul"):

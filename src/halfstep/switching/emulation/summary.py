@@ -21,11 +21,19 @@ class EmulationSummary:
     steps: int
     """Steps of optimizers that were looked at."""
     skipped_steps: int
-    loss_scale: float
+    loss_scales: tuple[float, float]
+    """The least and the greatest of the steps; 1 and 1 where there was none."""
+    unknown: tuple[str, ...]
+    """Operations that no list knows."""
     autocast: bool
     """The program entered ``torch.autocast``: it had no effect."""
     grad_scaler: bool
     """The program used a GradScaler beside a recipe that scales by itself: it was off."""
+
+    @property
+    def found(self) -> bool:
+        """True where there was an operation."""
+        return bool(self.operations)
 
     def __str__(self) -> str:
         total = sum(sum(counts.values()) for counts in self.operations.values())
@@ -35,8 +43,12 @@ class EmulationSummary:
             more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             lines.append(f"{kind}: {sum(counts.values())} ({', '.join(names[:_SHOWN])}{more})")
         if self.steps:
+            low, high = self.loss_scales
+            scale = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            lines.append(f"{self.steps} steps, {self.skipped_steps} skipped, loss scale {scale}")
+        if self.unknown:
             lines.append(
-                f"{self.steps} steps, {self.skipped_steps} skipped, loss scale {self.loss_scale:g}"
+                f"in no list, so computed in FP32 and rounded once: {', '.join(self.unknown)}"
             )
         if self.autocast:
             lines.append("the program's torch.autocast had no effect: the recipe decides")
