@@ -158,6 +158,8 @@ def _theirs(entries: list[types.TracebackType], error: BaseException) -> list[ty
     else:
         kernels = (k for k, e in enumerate(entries) if e.tb_frame.f_code.co_filename in _KERNELS)
         entries = entries[: next(kernels, kept)]
+        while entries and _is_compilers(entries[-1]):  # around a dispatch mode's function
+            entries.pop()
     theirs = [
         entry
         for k, entry in enumerate(entries[:kept])
@@ -172,7 +174,9 @@ def _is_ours(entry: types.TracebackType) -> bool:
 
 def _is_compilers(entry: types.TracebackType) -> bool:
     """True for what `torch.compiler.disable` puts above a function."""
-    return entry.tb_frame.f_code.co_filename.endswith("_dynamo/eval_frame.py")
+    return entry.tb_frame.f_code.co_filename.endswith(
+        ("_dynamo/eval_frame.py", "torch/_compile.py")
+    )
 
 
 def _entries(traceback: types.TracebackType | None) -> list[types.TracebackType]:

@@ -73,11 +73,6 @@ class EmulationMode(TorchDispatchMode):
         self.masters_wide = recipe.master.name == "fp32"
         self._limit = float(recipe.store.max)
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """False: torch would put two calls of its own around each of ours, and into every traceback."""
-        return False
-
     # -- every operation ----------------------------------------------------------------------------
 
     def __torch_dispatch__(
