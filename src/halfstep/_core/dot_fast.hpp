@@ -168,6 +168,13 @@ inline void pack_columns(const DotWork& work, std::size_t first, std::size_t dep
     }
     if (done == width) return;
   }
+  if (work.b_column == 1 && columns == width) {
+    for (std::size_t k = 0; k < depth; ++k) {
+      const float* row = from + std::ptrdiff_t(k) * work.b_row;
+      for (std::size_t j = 0; j < width; j += 8) _mm256_storeu_ps(panel + k * width + j, _mm256_loadu_ps(row + j));
+    }
+    return;
+  }
   for (std::size_t k = 0; k < depth; ++k) {
     const float* row = from + std::ptrdiff_t(k) * work.b_row;
     copy_row(row + std::ptrdiff_t(done) * work.b_column, work.b_column, columns - done, panel + k * width + done);
@@ -196,6 +203,15 @@ template <class V>
 const Tiles& stochastic_tiles() {
   static const Tiles tiles{{run_stochastic<V, 1, wide_vectors>, run_stochastic<V, 1, 2>, run_stochastic<V, 2, 2>,
                             run_stochastic<V, 3, 2>, run_stochastic<V, 4, 2>},
+                           4,
+                           0};
+  return tiles;
+}
+
+template <class V, bool full>
+const Tiles& nearest_tiles() {
+  static const Tiles tiles{{run_nearest<V, full, 1, wide_vectors>, run_nearest<V, full, 1, 2>, run_nearest<V, full, 2, 2>,
+                            run_nearest<V, full, 3, 2>, run_nearest<V, full, 4, 2>},
                            4,
                            0};
   return tiles;
@@ -310,7 +326,7 @@ class FastDot {
       if (scale == 0) return full ? tiles_of<V, StickyStep<V, true, false>, few>() : tiles_of<V, StickyStep<V, false, false>, few>();
       return full ? tiles_of<V, StickyStep<V, true, true>, few>() : tiles_of<V, StickyStep<V, false, true>, few>();
     }
-    if (nearest) return full ? tiles_of<V, NearestStep<V, true>, few>() : tiles_of<V, NearestStep<V, false>, few>();
+    if (nearest) return full ? nearest_tiles<V, true>() : nearest_tiles<V, false>();
     if (s.products_rounded) return directed<true>();
     return directed<false>();
   }

@@ -55,6 +55,7 @@ struct Avx2Dot {
   static Flags not_both(Flags a, Flags b) { return _mm256_andnot_si256(b, a); }  // a and not b
   static unsigned lanes(Flags a) { return unsigned(_mm256_movemask_ps(numbers(a))); }
   static Words mark(Words a, Flags f) { return _mm256_or_si256(a, f); }  // all ones where f
+  static Words where(Flags f, Words x) { return _mm256_and_si256(f, x); }  // zero elsewhere
   static Words select(Flags f, Words yes, Words no) { return _mm256_blendv_epi8(no, yes, f); }
 };
 

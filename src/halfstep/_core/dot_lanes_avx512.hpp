@@ -51,6 +51,7 @@ struct Avx512Dot {
   static Flags not_both(Flags a, Flags b) { return Flags(a & ~b); }
   static unsigned lanes(Flags a) { return unsigned(a); }
   static Words mark(Words a, Flags f) { return _mm512_mask_mov_epi32(a, f, _mm512_set1_epi32(-1)); }
+  static Words where(Flags f, Words x) { return _mm512_maskz_mov_epi32(f, x); }  // zero elsewhere
   static Words select(Flags f, Words yes, Words no) { return _mm512_mask_blend_epi32(f, no, yes); }
 };
 

@@ -78,28 +78,27 @@ inline double beyond_tie(float tie, float sum, float a, float b) {
   return (product - double(tie)) + double(sum);
 }
 
-// Steps where a float32 sum is a tie of the format, or was rounded to one: the sum decides. What is
-// exact is told at once, eight or sixteen lanes together; the rest by double, lane by lane.
+// Lanes where sum + a * b is a float32; not all of them, if products are small or have many digits.
 template <class V>
-[[gnu::noinline, gnu::cold]] void mend(const StepFormat& f, const float* sums, const float* left,
-                                       const float* right, float* out) {
-  using Numbers = typename V::Numbers;
-  const std::uint32_t low = (1u << f.shift) - 1, half = 1u << (f.shift - 1);
-  const Numbers sum = V::load(sums), a = V::load(left), b = V::load(right);
-  const Numbers product = V::times(a, b), r = V::fma(a, b, sum);
-  const Numbers part = V::minus(r, sum);
-  const Numbers error = V::plus(V::minus(sum, V::minus(r, part)), V::minus(product, part));
-  const auto is_tie = V::equal(V::and_(V::words(r), V::set_word(low)), V::set_word(half));
+[[gnu::always_inline]] inline typename V::Flags is_exact(const StepFormat& f, typename V::Numbers sum,
+                                                         typename V::Numbers a, typename V::Numbers b) {
+  const auto product = V::times(a, b), r = V::fma(a, b, sum);
+  const auto part = V::minus(r, sum);
+  const auto error = V::plus(V::minus(sum, V::minus(r, part)), V::minus(product, part));
   const auto magnitude = V::numbers(V::and_(V::words(product), V::set_word(0x7FFFFFFFu)));
-  const auto is_exact = V::both(V::same(error, V::set(0)), V::above(magnitude, V::set(f.exact_from)));
-  const RoundsNearest<V> nearest(f);
-  V::store(out, V::numbers(nearest(V::words(r))));
-  unsigned lanes = V::lanes(V::not_both(is_tie, is_exact));
+  return V::both(V::same(error, V::set(0)), V::above(magnitude, V::set(f.exact_from)));
+}
+
+// Lane by lane, the `inexact` sums that float32 rounded to a tie of the format.
+template <class V>
+[[gnu::noinline, gnu::cold]] void break_ties(const StepFormat& f, unsigned inexact, const float* sums, float a,
+                                             const float* b, float* out) {
+  const std::uint32_t low = (1u << f.shift) - 1;
   alignas(64) float ties[V::width];
-  if (lanes) V::store(ties, r);
-  for (; lanes; lanes &= lanes - 1) {
-    const int i = __builtin_ctz(lanes);
-    const double rest = beyond_tie(ties[i], sums[i], left[i], right[i]);
+  V::store(ties, V::fma(V::repeat(&a), V::load(b), V::load(sums)));
+  for (; inexact; inexact &= inexact - 1) {
+    const int i = __builtin_ctz(inexact);
+    const double rest = beyond_tie(ties[i], sums[i], a, b[i]);
     if (rest == 0) continue;
     const std::uint32_t word = word_of(ties[i]);
     const bool grows = (rest > 0) == (word >> 31 == 0);
@@ -107,48 +106,112 @@ template <class V>
   }
 }
 
-// To nearest, by adding half and cutting off; right but for ties, which are mended.
+// To nearest, by adding half and cutting off; right but for ties, which are told by the bits cut off.
 template <class V, bool full>
-struct NearestStep {
-  static constexpr unsigned mode = 0;
+struct HalfUp {
   using Numbers = typename V::Numbers;
+  using Words = typename V::Words;
 
-  explicit NearestStep(const StepFormat& f)
-      : format(f), half(V::set_word(1u << (f.shift - 1))), mask(V::set_word(~((1u << f.shift) - 1))), overflow(f) {}
+  explicit HalfUp(const StepFormat& f)
+      : half(V::set_word(1u << (f.shift - 1))), mask(V::set_word(~((1u << f.shift) - 1))), overflow(f) {}
 
-  const StepFormat& format;
-  typename V::Words half, mask;
+  Words half, mask;
   Overflow<V> overflow;
 
-  template <int vectors>
-  [[gnu::always_inline]] inline void operator()(Numbers (&sum)[vectors], Numbers a, const Numbers (&b)[vectors]) const {
-    Numbers next[vectors];
-    typename V::Flags ties{};
-    HALFSTEP_UNROLL
-    for (int v = 0; v < vectors; ++v) {
-      const auto grown = V::add(V::words(V::fma(a, b[v], sum[v])), half);
-      const auto cut = V::and_(grown, mask);
-      const auto tie = V::equal(grown, cut);
-      ties = v == 0 ? tie : V::either(ties, tie);
-      next[v] = V::numbers(full ? overflow(cut) : cut);
+  Words cut(Words grown) const { return V::and_(grown, mask); }
+  Numbers bounded(Words y) const { return V::numbers(full ? overflow(y) : y); }
+};
+
+// One step of one vector, ties and all.
+template <class V, bool full>
+[[gnu::always_inline]] inline void settle(const StepFormat& f, const HalfUp<V, full>& step, const float* a,
+                                          const float* b, float* sums) {
+  const auto factor = V::repeat(a), sum = V::load(sums), right = V::load(b);
+  const auto grown = V::add(V::words(V::fma(factor, right, sum)), step.half);
+  const auto cut = step.cut(grown);
+  const auto tie = V::equal(grown, cut);
+  const auto even = V::and_not(cut, V::where(tie, V::set_word(1u << f.shift)));
+  const unsigned inexact = V::lanes(V::not_both(tie, is_exact<V>(f, sum, factor, right)));
+  if (__builtin_expect(inexact == 0, 1)) {
+    V::store(sums, step.bounded(even));
+    return;
+  }
+  alignas(64) float out[V::width];
+  V::store(out, V::numbers(even));
+  break_ties<V>(f, inexact, sums, *a, b, out);
+  V::store(sums, step.bounded(V::words(V::load(out))));
+}
+
+// The rest of a step, from pair `pair` of vectors on, which has a tie; sums are in memory.
+template <class V, bool full, int rows, int vectors>
+[[gnu::noinline]] void settle_from(const StepFormat& f, const float* a, std::size_t a_row, const float* b,
+                                   float* sums, std::size_t sums_row, int pair) {
+  const HalfUp<V, full> step(f);
+  for (bool tie = true; pair < rows * vectors / 2; ++pair) {
+    const int row = pair / (vectors / 2), v = pair % (vectors / 2) * 2;
+    const float *left = a + row * a_row, *right = b + v * V::width;
+    float* sum = sums + row * sums_row + v * V::width;
+    const auto x = V::add(V::words(V::fma(V::repeat(left), V::load(right), V::load(sum))), step.half);
+    const auto y = V::add(V::words(V::fma(V::repeat(left), V::load(right + V::width), V::load(sum + V::width))), step.half);
+    const auto x_cut = step.cut(x), y_cut = step.cut(y);
+    tie = tie || V::lanes(V::either(V::equal(x, x_cut), V::equal(y, y_cut))) != 0;
+    if (__builtin_expect(tie, 0)) {
+      settle<V, full>(f, step, left, right, sum);
+      settle<V, full>(f, step, left, right + V::width, sum + V::width);
+      tie = false;
+    } else {
+      V::store(sum, step.bounded(x_cut));
+      V::store(sum + V::width, step.bounded(y_cut));
     }
-    if (__builtin_expect(V::lanes(ties) != 0, 0)) {
-      ++*format.mended;
-      alignas(64) float s[V::width], l[V::width], r[V::width], o[V::width];
-      V::store(l, a);
+  }
+}
+
+// Steps as run_tile's of dot_fast.hpp. A tie ends the loop: a call inside it would cost the sums their
+// registers, tie or not.
+template <class V, bool full, int rows, int vectors>
+[[gnu::noinline]] void run_nearest(const StepFormat& f, const float* a, std::size_t a_row,
+                                   const float* panel, std::size_t depth, float* sums,
+                                   std::size_t sums_row) {
+  using Numbers = typename V::Numbers;
+  const HalfUp<V, full> step(f);
+  for (std::size_t k = 0; k < depth; ++k) {
+    Numbers sum[rows][vectors];
+    HALFSTEP_UNROLL
+    for (int i = 0; i < rows; ++i) {
       HALFSTEP_UNROLL
-      for (int v = 0; v < vectors; ++v) {
-        V::store(s, sum[v]);
-        V::store(r, b[v]);
-        mend<V>(format, s, l, r, o);
-        next[v] = V::load(o);
-        if (full) next[v] = V::numbers(overflow(V::words(next[v])));
+      for (int v = 0; v < vectors; ++v) sum[i][v] = V::load(sums + i * sums_row + v * V::width);
+    }
+    int pair = 0;
+    for (; k < depth; ++k) {
+      const float* b = panel + k * vectors * V::width;
+      HALFSTEP_UNROLL
+      for (int i = 0; i < rows; ++i) {
+        const Numbers factor = V::repeat(a + i * a_row + k);
+        HALFSTEP_UNROLL
+        for (int v = 0; v < vectors; v += 2) {
+          const auto x = V::add(V::words(V::fma(factor, V::load(b + v * V::width), sum[i][v])), step.half);
+          const auto y = V::add(V::words(V::fma(factor, V::load(b + (v + 1) * V::width), sum[i][v + 1])), step.half);
+          const auto x_cut = step.cut(x), y_cut = step.cut(y);
+          if (__builtin_expect(V::lanes(V::either(V::equal(x, x_cut), V::equal(y, y_cut))) != 0, 0)) {
+            pair = i * (vectors / 2) + v / 2;
+            goto tie;
+          }
+          sum[i][v] = step.bounded(x_cut);
+          sum[i][v + 1] = step.bounded(y_cut);
+        }
       }
     }
+  tie:
     HALFSTEP_UNROLL
-    for (int v = 0; v < vectors; ++v) sum[v] = next[v];
+    for (int i = 0; i < rows; ++i) {
+      HALFSTEP_UNROLL
+      for (int v = 0; v < vectors; ++v) V::store(sums + i * sums_row + v * V::width, sum[i][v]);
+    }
+    if (k == depth) return;
+    ++*f.mended;
+    settle_from<V, full, rows, vectors>(f, a + k, a_row, panel + k * vectors * V::width, sums, sums_row, pair);
   }
-};
+}
 
 // To nearest where many sums are ties: float32 rounds toward zero, and what it lost, where it lost
 // anything, counts like a last bit that is odd. Of products that are exact in float32, not scaled.

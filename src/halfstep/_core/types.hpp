@@ -90,8 +90,8 @@ struct DotWork {
   float* scratch;  // dot_scratch of them, aligned to 64 bytes
 };
 
-constexpr std::size_t dot_rows = 96;      // the most of one work
-constexpr std::size_t dot_columns = 128;  // the most of one work
+constexpr std::size_t dot_rows = 192;     // the most of one work
+constexpr std::size_t dot_columns = 256;  // the most of one work
 constexpr std::size_t dot_depth = 256;    // of a panel, of which there may be many
 constexpr std::size_t dot_scratch = (dot_rows + dot_columns) * dot_depth + 3 * dot_rows * dot_columns;
 
