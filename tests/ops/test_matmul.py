@@ -15,7 +15,7 @@ import text_book
 from adversarial import adversarial, same_numbers
 from halfstep.errors import HalfstepError
 from halfstep.format import Accumulator, Format, round_number
-from halfstep.ops import native
+from halfstep.ops import native, products
 
 NATIVE_SETS = [] if native.MISSING else native._core.instruction_sets()
 BACKENDS = ["reference", *NATIVE_SETS]
@@ -436,3 +436,28 @@ def test_negative_zero_starts_and_stays():
         for backend in ("reference", "auto"):
             found = halfstep.matmul(zero, -zero, "fp32", accumulate, initial=start, backend=backend)
             assert found.signbit().item(), (accumulate, backend)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((70, 90), (90, 80)),
+        ((3, 90), (90, 200)),
+        ((5, 3, 20, 30), (3, 30, 9)),
+        ((1, 400), (400, 1)),
+    ],
+    ids=str,
+)
+def test_large_operands_are_rounded_in_parts(shapes: Any, monkeypatch: pytest.MonkeyPatch):
+    a, b = several("normal", *shapes[0], seed=SEED), several("normal", *shapes[1], seed=SEED + 1)
+    start = several("normal", shapes[1][-1], seed=SEED + 2)
+    whole = halfstep.matmul(a, b, "e4m3fn", "fp16/chunk24", initial=start)
+    monkeypatch.setattr(products, "_COPIED", 500)
+    assert same_numbers(halfstep.matmul(a, b, "e4m3fn", "fp16/chunk24", initial=start), whole)
+    a.requires_grad_()
+    halfstep.matmul(a, b, "e4m3fn", "fp16/chunk24").sum().backward()
+    in_parts = a.grad
+    monkeypatch.undo()
+    a.grad = None
+    halfstep.matmul(a, b, "e4m3fn", "fp16/chunk24").sum().backward()
+    assert same_numbers(in_parts, a.grad)

@@ -30,6 +30,7 @@ from halfstep.ops.sparsity import Sparse, compressed
 
 __all__ = ["derives", "multiply", "on_grid", "plain_multiply", "product"]
 
+_COPIED = 2**22  # numbers at once of operands that are rounded first
 _GATHERED = 2**22  # numbers of the right operand that are gathered at once for a sparse left one
 
 
@@ -61,11 +62,65 @@ def derives(*tensors: Tensor) -> bool:
 def _product(
     a: Tensor, b: Tensor, initial: Tensor | None, arithmetic: Arithmetic, key: Key
 ) -> Tensor:
+    wide = torch.float64 in (a.dtype, b.dtype)
+    if _copied(a, b, arithmetic) <= _COPIED:
+        out = _whole(a, b, initial, arithmetic, key)
+        return out.double() if wide else out
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    shape = (*batch, a.shape[-2], b.shape[-1])
+    out = torch.empty(shape, dtype=result_dtype(arithmetic.accumulator), device=a.device)
+    start = out.new_zeros(()) if initial is None else initial.detach()
+    _by_parts(
+        out,
+        a.detach().expand(*batch, *a.shape[-2:]),
+        b.detach().expand(*batch, *b.shape[-2:]),
+        start.expand(shape),
+        arithmetic,
+    )
+    return out.double() if wide else out
+
+
+def _copied(a: Tensor, b: Tensor, arithmetic: Arithmetic) -> int:
+    """How many numbers are copied to be rounded; 0 where the product cannot be cut into parts."""
+    how = arithmetic.accumulator
+    if how.rounding is Rounding.STOCHASTIC or arithmetic.sparse is not Sparse.NONE:
+        return 0  # random bits belong to places in the whole result
+    return sum(
+        0 if _is_on_grid(x, format) else x.numel()
+        for x, format in zip((a, b), arithmetic.operands, strict=True)
+    )
+
+
+def _by_parts(out: Tensor, a: Tensor, b: Tensor, start: Tensor, arithmetic: Arithmetic) -> None:
+    """``out = a @ b + start``, all of one batch, in parts that copy little."""
+    small = max(_copied(a, b, arithmetic), out.numel()) <= _COPIED
+    if out.dim() > 2 and len(out) == 1:
+        _by_parts(out[0], a[0], b[0], start[0], arithmetic)
+    elif small or out.numel() == 1:
+        out.copy_(_whole(a, b, start, arithmetic, NO_KEY))
+    elif out.dim() > 2:
+        for part in _halves(len(out)):
+            _by_parts(out[part], a[part], b[part], start[part], arithmetic)
+    elif out.shape[0] >= out.shape[1]:
+        for part in _halves(out.shape[0]):
+            _by_parts(out[part], a[part], b, start[part], arithmetic)
+    else:
+        for part in _halves(out.shape[1]):
+            _by_parts(out[:, part], a, b[:, part], start[:, part], arithmetic)
+
+
+def _halves(size: int) -> tuple[slice, slice]:
+    return slice(0, size // 2), slice(size // 2, size)
+
+
+def _whole(
+    a: Tensor, b: Tensor, initial: Tensor | None, arithmetic: Arithmetic, key: Key
+) -> Tensor:
     left, right = arithmetic.operands
     function = plain_multiply
     if arithmetic.sparse is not Sparse.NONE:
         function = _sparse_rows if arithmetic.sparse is Sparse.A else _sparse_columns
-    out = function(
+    return function(
         on_grid(a, left),
         on_grid(b, right),
         arithmetic.accumulator,
@@ -73,16 +128,19 @@ def _product(
         key=key,
         backend=arithmetic.backend,
     )
-    return out.double() if torch.float64 in (a.dtype, b.dtype) else out
+
+
+def _is_on_grid(x: Tensor, format: Format) -> bool:
+    """True where `on_grid` rounds nothing."""
+    if x.dtype is torch.float32:
+        return format.name == "fp32"
+    return x.dtype is not torch.float64 and _holds_all(x.dtype, format)
 
 
 def on_grid(x: Tensor, format: Format) -> Tensor:
     """``x`` rounded to the format, in float32, which holds it; no graph. Itself where it is on it."""
     x = x.detach()
-    if x.dtype is torch.float32:
-        if format.name == "fp32":
-            return x
-    elif x.dtype is not torch.float64 and _holds_all(x.dtype, format):
+    if _is_on_grid(x, format):
         return x.float()
     out = torch.empty_like(x, dtype=torch.float32)
     round_into(out, x, format)

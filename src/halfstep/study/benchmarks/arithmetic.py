@@ -289,6 +289,7 @@ def _memory(sizes: Sizes) -> Iterator[Row]:
         *((case, square, square) for case in (*_THIN, UNIT)),
         (EXACT_FMA, (32, sizes.depth), (sizes.depth, 32)),
         (EXACT_FMA, (sizes.batch, 64, 64), (sizes.batch, 64, 64)),
+        (EXACT_FMA, (sizes.depth, sizes.side), (sizes.side, 64)),
     ):
         mib = beyond_operands(a, b, dict(case.keywords))
         yield Row(
