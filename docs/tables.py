@@ -51,7 +51,7 @@ def unit_records(unit: Unit) -> list[dict[str, Any]]:
             "operands": " ".join(path.operands),
             "block": path.block,
             "kept": path.fraction_bits,
-            "result": path.result_bits,
+            "result": f"{path.result}, {path.result_bits}",
             "least": path.lowest_exponent,
             "verified": path.verified,
             "evidence": path.evidence,

@@ -87,12 +87,16 @@ def unit_dot(
     if not isinstance(unit, Unit):
         raise TypeError(unit)
     path = unit.datapath(left, right)
-    c = Fraction(initial)
-    result = float(initial)
+    half = path.result == "fp16"
+    least = -14 if half else -126
+    c = Fraction(
+        round_number(Fraction(initial), accumulator.start, Rounding.NEAREST) if half else initial
+    )
+    result = float(c)
     for first in range(0, len(a), path.block):
         terms, exponents = [c], [path.lowest_exponent]
         if c:
-            exponents.append(_exponent(c, -126))
+            exponents.append(_exponent(c, least))
         for x, y in zip(a[first : first + path.block], b[first : first + path.block], strict=True):
             x, y = Fraction(x), Fraction(y)
             terms.append(x * y)
@@ -100,10 +104,11 @@ def unit_dot(
                 exponents.append(_exponent(x, left.min_exponent) + _exponent(y, right.min_exponent))
         last = Fraction(2) ** (max(exponents) - path.fraction_bits)
         total = sum(int(term / last) for term in terms) * last  # int() truncates toward zero
-        size = _exponent(total, -126) if total else -126
+        size = _exponent(total, least) if total else least
         digit = Fraction(2) ** (size - path.result_bits)
-        c = int(total / digit) * digit
-        if abs(c) >= 2**128:
+        # round() to nearest, ties to even; int() toward zero
+        c = (round(total / digit) if half else int(total / digit)) * digit
+        if abs(c) >= 2 ** (16 if half else 128):
             return math.copysign(math.inf, c)
         result = math.copysign(float(c), total) if total else 0.0
     return result

@@ -1,43 +1,15 @@
 // The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: every rounding, carrier, end of a
-// grid and instruction set, on arrays without a byte to spare. `make sanitize` builds and runs it. That
-// the numbers are right is for the Python tests; here the instruction sets are compared.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
-
-#include "cpu.hpp"
+// grid and instruction set, on arrays without a byte to spare; blocks and products in files of their own.
+// `make sanitize` builds and runs it. That the numbers are right is for the Python tests; here the
+// instruction sets are compared.
 #include "parallel.hpp"
-#include "types.hpp"
+#include "sanitize.hpp"
 
 using namespace halfstep;
 
 namespace {
 
 constexpr int roundings = 7, carriers = 9, results = 4;
-
-std::vector<unsigned char> random_bytes(std::size_t n, unsigned seed) {
-  std::vector<unsigned char> bytes(n);
-  for (auto& byte : bytes) {
-    seed = seed * 1664525u + 1013904223u;
-    byte = static_cast<unsigned char>(seed >> 24);
-  }
-  return bytes;
-}
-
-Grid float_grid(int bits, int least, double highest, Ends ends) {
-  Grid grid{};
-  grid.quantum_exponent = least;
-  grid.mantissa_bits = bits;
-  grid.highest = highest;
-  grid.lowest = ends == Ends::no_zero ? 0 : -highest;
-  grid.overflow_up = grid.infinity_up = INFINITY;
-  grid.overflow_down = grid.infinity_down = -INFINITY;
-  grid.negative_zero = true;
-  grid.ends = ends;
-  return grid;
-}
 
 std::vector<Grid> grids(bool in_float64) {
   const double bf16 = 3.3895313892515355e38;
@@ -91,21 +63,6 @@ bool counts_and_widens(std::size_t n) {
   return true;
 }
 
-bool adds(std::size_t rows, std::size_t columns, std::size_t depth) {
-  std::vector<float> a(rows * depth, 1.25f), b(depth * columns, 0.75f);
-  std::vector<float> panel(dot_columns * dot_panel_depth), first;
-  const Grid grid = float_grid(10, -24, 65504, Ends::gradual);
-  for (const Kernels* kernels : available_kernels()) {
-    std::vector<float> out(rows * columns);
-    const DotBlock block{a.data(), std::ptrdiff_t(depth), 1, b.data(), std::ptrdiff_t(columns), 1,
-                         out.data(), columns, rows, columns, depth};
-    kernels->dot_accumulate(block, grid, panel.data());
-    if (first.empty()) first = out;
-    if (out != first) return false;
-  }
-  return true;
-}
-
 }  // namespace
 
 int main() {
@@ -124,7 +81,8 @@ int main() {
             }
     fine = counts_and_widens(n) && fine;
   }
-  fine = adds(1, 1, 1) && adds(7, 5, 3) && adds(48, 32, 515) && fine;
+  fine = blocks_are_safe() && fine;
+  fine = products_are_safe() && fine;
   std::puts(fine ? "sanitize: no complaint" : "sanitize: the instruction sets differ");
   return fine ? 0 : 1;
 }

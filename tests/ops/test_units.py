@@ -173,7 +173,45 @@ def test_an_instruction_of_two_blocks_is_a_chain(backend: str):
     assert torch.equal(on(backend, a, b, "fp16", "a100", c), chained)
 
 
-@pytest.mark.parametrize("text", ["v100", "h100/chunk128", "a100/chunk32/split2/between-bf16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("unit", "seen"), [("v100/fp16", 2048), ("volta/fp16", 2048), ("v100", 2049)]
+)
+def test_a_result_in_fp16_is_rounded_after_each_block(backend: str, unit: str, seen: float):
+    """2048 + 1 is a tie, which goes to even; 2048 + 3 is one too, and goes up. An overflow is infinite."""
+    a, one = torch.tensor([[1.0, 0, 0, 0]]), torch.ones(4, 1)
+    assert on(backend, a, one, "fp16", unit, torch.tensor(2048.0)).item() == seen
+    three = on(backend, 3 * a, one, "fp16", "v100/fp16", torch.tensor(2048.0))
+    assert three.item() == 2052
+    edge = [
+        on(backend, x * a, one, "fp16", "v100/fp16", torch.tensor(65504.0)).item() for x in (15, 16)
+    ]
+    assert edge == [65504, math.inf]
+    tiny = on(backend, -(2.0**-13) * a, 2.0**-13 * one, "fp16", "v100/fp16")
+    assert tiny.item() == 0 and tiny.signbit().item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_special_values_in_fp16(backend: str):
+    a = torch.tensor([[math.nan], [math.inf], [-math.inf]])
+    found = on(backend, a, torch.ones(1, 1), "fp16", "a100/fp16")
+    assert bits(found[0]).item() == 0x7FFFE000
+    assert found[1:].flatten().tolist() == [math.inf, -math.inf]
+    # what fp16 cannot hold is infinite before anything is added
+    start = on(backend, torch.zeros(1, 1), torch.ones(1, 1), "fp16", "a100/fp16", torch.tensor(1e6))
+    assert start.item() == math.inf
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "v100",
+        "v100/fp16",
+        "h100/fp16/chunk128",
+        "h100/chunk128",
+        "a100/chunk32/split2/between-bf16",
+    ],
+)
 def test_an_accumulator_with_a_unit_is_what_its_text_says(text: str):
     accumulator = Accumulator.parse(text)
     assert str(accumulator) == text
@@ -238,6 +276,11 @@ TWO = torch.ones(2, 2)
             {"operands": "fp16", "accumulate": "h100", "gradient": "e5m2"},
             "unit h100 (Hopper): operands e5m2 times fp16, which it",
         ),
+        (
+            {"operands": "bf16", "accumulate": "a100/fp16"},
+            "unit a100/fp16 (Ampere): operands bf16 times",
+        ),
+        ({"accumulate": "h100/fp61"}, "unknown word of an accumulator 'fp61'"),
         ({"accumulate": "h10"}, "unknown format or unit 'h10'; did you mean h100"),
         ({"accumulate": "fp61"}, "unknown format or unit 'fp61'; did you mean fp16"),
         (

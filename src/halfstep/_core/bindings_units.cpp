@@ -68,9 +68,9 @@ void over_tasks(const Matrices& of, int threads, const Fill& fill, const Run& ru
 }
 
 void unit_accumulate(const Matrices& of, std::uintptr_t out, int block, int fraction_bits,
-                     int result_bits, int lowest_exponent, int a_least, int b_least,
+                     int result_bits, bool result_is_half, int lowest_exponent, int a_least, int b_least,
                      std::size_t chunk, int threads) {
-  const UnitRule rule{block, fraction_bits, result_bits, lowest_exponent, a_least, b_least};
+  const UnitRule rule{block, fraction_bits, result_bits, result_is_half, lowest_exponent, a_least, b_least};
   const auto fill = [&](UnitTask& task, std::size_t place) {
     task.rule = rule;
     task.out = reinterpret_cast<float*>(out) + place;
@@ -121,7 +121,7 @@ void bind_units(nb::module_& m) {
 
   const auto released = nb::call_guard<nb::gil_scoped_release>();
   m.def("unit_accumulate", &unit_accumulate, nb::arg("of"), nb::arg("out"), nb::arg("block"),
-        nb::arg("fraction_bits"), nb::arg("result_bits"), nb::arg("lowest_exponent"),
+        nb::arg("fraction_bits"), nb::arg("result_bits"), nb::arg("result_is_half"), nb::arg("lowest_exponent"),
         nb::arg("a_least"), nb::arg("b_least"), nb::arg("chunk"), nb::arg("threads"), released);
   m.def("fixed_accumulate", &fixed_accumulate, nb::arg("of"), nb::arg("out"), nb::arg("lowest"),
         nb::arg("highest"), nb::arg("single"), nb::arg("chunk"), nb::arg("threads"), released);

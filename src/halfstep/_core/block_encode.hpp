@@ -92,6 +92,8 @@ struct AnyRounding : Rounder<L, rounding, L::width == 1> {
       : Rounder<L, rounding, L::width == 1>{Constants<L>(plan.element), key} {}
 };
 
+enum class Quotient { times, over, over_by_inverse };
+
 template <class L, class Round>
 struct BlockQuantizer {
   using Bits = typename L::Bits;
@@ -104,8 +106,9 @@ struct BlockQuantizer {
   // One vector: to a number where `fused`, else to codes. `each`: a scale for each lane.
   template <bool fused, bool each>
   Bits step(Bits x, std::size_t index, Float factor, Float total) const {
-    Bits result = plan.by_amax ? rounded<fused, true>(x, index, factor, total)
-                               : rounded<fused, false>(x, index, factor, total);
+    Bits result = plan.by_amax
+                      ? rounded<fused, Quotient::over>(x, index, factor, factor, total)
+                      : rounded<fused, Quotient::times>(x, index, factor, factor, total);
     if constexpr (each) {
       const Bits magnitude = L::and_(L::bits(total), L::set(0x7FFFFFFFu));
       const typename L::Mask bad = L::less(L::set(float_infinity), magnitude);
@@ -118,10 +121,15 @@ struct BlockQuantizer {
   template <bool fused>
   void blocks(const float* x, std::size_t count, std::size_t size, std::size_t index,
               const BlockScales& scales, float* out, std::uint8_t* bytes, bool stream) const {
-    if (plan.by_amax)
-      blocks_by<fused, true>(x, count, size, index, scales, out, bytes, stream);
+    const auto by = [&](auto function) {
+      (this->*function)(x, count, size, index, scales, out, bytes, stream);
+    };
+    if (!plan.by_amax)
+      by(&BlockQuantizer::blocks_by<fused, Quotient::times>);
+    else if (!scales.moderate)
+      by(&BlockQuantizer::blocks_by<fused, Quotient::over>);
     else
-      blocks_by<fused, false>(x, count, size, index, scales, out, bytes, stream);
+      by(&BlockQuantizer::blocks_by<fused, Quotient::over_by_inverse>);
   }
 
   // n elements, the first of them element `index` of the tensor, to out or to bytes.
@@ -171,10 +179,12 @@ struct BlockQuantizer {
   }
 
  private:
-  template <bool fused, bool by_amax>
-  Bits rounded(Bits x, std::size_t index, Float factor, Float total) const {
+  template <bool fused, Quotient by>
+  Bits rounded(Bits x, std::size_t index, Float factor, Float inverse, Float total) const {
     const Float number = L::number_of(x);
-    const Bits quotient = L::bits(by_amax ? L::over(number, factor) : L::times(number, factor));
+    const Bits quotient = L::bits(by == Quotient::times  ? L::times(number, factor)
+                                  : by == Quotient::over ? L::over(number, factor)
+                                                         : L::over(number, factor, inverse));
     if constexpr (!fused && std::is_same_v<Round, NearestFloat<L>>) {
       return round.code(quotient);
     } else {
@@ -183,14 +193,16 @@ struct BlockQuantizer {
     }
   }
 
-  template <bool fused, bool by_amax>
+  template <bool fused, Quotient by>
   void blocks_by(const float* x, std::size_t count, std::size_t size, std::size_t index,
                  const BlockScales& scales, float* out, std::uint8_t* bytes, bool stream) const {
     constexpr std::size_t width = L::width;
     const auto vector = [&](std::size_t i, std::size_t block) {
-      return rounded<fused, by_amax>(L::load(x + i), index + i,
-                                     L::set_number(scales.factor[block]),
-                                     L::set_number(scales.total[block]));
+      const Float factor = L::set_number(scales.factor[block]);
+      const Float inverse =
+          by == Quotient::over_by_inverse ? L::set_number(scales.inverse[block]) : factor;
+      return rounded<fused, by>(L::load(x + i), index + i, factor, inverse,
+                                L::set_number(scales.total[block]));
     };
     const std::size_t n = count * size;
     if constexpr (fused) {
@@ -206,8 +218,9 @@ struct BlockQuantizer {
     }
     std::size_t i = 0, block = 0;
     const auto four = [&](std::size_t second, std::size_t third, std::size_t fourth) {
+      // the next piece comes from memory while this one is computed
       __builtin_prefetch(x + i + block_piece);
-      __builtin_prefetch(x + i + block_piece + 16);
+      __builtin_prefetch(x + i + block_piece + 2 * width);
       L::store_bytes(bytes + i, vector(i, block), vector(i + width, block + second),
                      vector(i + 2 * width, block + third), vector(i + 3 * width, block + fourth));
       i += 4 * width;

@@ -28,6 +28,24 @@ std::uint32_t top_of(const float* x, std::size_t n) {
   return found;
 }
 
+// That of each block of `size`.
+template <class L>
+void tops_of(const float* x, std::size_t n, std::size_t size, std::uint32_t* tops) {
+  const typename L::Bits magnitude = L::set(0x7FFFFFFFu);
+  const auto top = [&](const float* from) {
+    typename L::Bits found = L::and_(L::load(from), magnitude);
+    for (std::size_t i = L::width; i < size; i += L::width)
+      found = L::max_words(found, L::and_(L::load(from + i), magnitude));
+    return found;
+  };
+  std::size_t i = 0;
+  if (size % L::width == 0)
+    for (; i + 4 * size <= n; i += 4 * size)
+      L::store_tops(tops + i / size, top(x + i), top(x + i + size), top(x + i + 2 * size),
+                    top(x + i + 3 * size));
+  for (; i < n; i += size) tops[i / size] = top_of<L>(x + i, std::min(size, n - i));
+}
+
 // float32 numbers of a tensor: where they are, or widened into the buffer.
 inline const float* widened(const void* x, Carrier carrier, std::size_t at, std::size_t n,
                             float* buffer) {
@@ -49,11 +67,9 @@ std::uint32_t top_magnitude(const void* x, std::size_t n, Carrier carrier, std::
       top = std::max(top, top_of<L>(numbers, piece));
       continue;
     }
-    for (std::size_t k = 0; k < piece; k += size) {
-      const std::uint32_t found = top_of<L>(numbers + k, std::min(size, piece - k));
-      tops[(i + k) / size] = found;
-      top = std::max(top, found);
-    }
+    std::uint32_t* found = tops + i / size;
+    tops_of<L>(numbers, piece, size, found);
+    top = std::max(top, *std::max_element(found, found + (piece + size - 1) / size));
   }
   return top;
 }
@@ -63,6 +79,8 @@ std::uint32_t top_magnitude(const void* x, std::size_t n, Carrier carrier, std::
 struct BlockScales {
   alignas(64) float factor[block_piece];
   alignas(64) float total[block_piece];
+  alignas(64) float inverse[block_piece];  // of the factor, where it divides
+  bool moderate = false;  // no quotient that is no zero of the format comes near the ends of float32
 };
 
 inline void store_scale_bytes(const float* scale, std::size_t n, std::uint8_t* to) {  // e4m3fn
@@ -114,6 +132,14 @@ void find_scales(const BlockPlan& plan, const std::uint32_t* top, std::size_t n,
   for (std::size_t i = 0; i < n; ++i)
     scales.total[i] = scales.factor[i] =
         top[i] >= float_infinity ? float_of(float_nan) : scale[i] * plan.tensor_scale;
+  std::uint32_t most = 0;
+  float least = 0x1p127f;
+  for (std::size_t i = 0; i < n; ++i) {
+    scales.inverse[i] = 1.0f / scales.factor[i];
+    most = std::max(most, std::max(top[i], word_of(scales.factor[i])));
+    least = std::min(least, scales.factor[i]);
+  }
+  scales.moderate = plan.element.quantum_exponent > -30 && least > 0x1p-60f && float_of(most) < 0x1p60f;
 }
 
 }  // namespace

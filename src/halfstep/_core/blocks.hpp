@@ -87,6 +87,7 @@ void quantize_rows(const BlockPlan& plan, const BlockLayout& layout, const Block
       if (!arrays.tops) over_pieces(layout, group, [&](std::size_t row, std::size_t column, std::size_t n) {
         const std::size_t at = row * layout.columns + column;
         const float* x = widened(arrays.numbers, arrays.carrier, at, n, buffer);
+        if (group.rows == 1 && n == group.width) return tops_of<L>(x, n, size, top);
         for (std::size_t b = 0; b * size < n; ++b)
           top[b] = std::max(top[b], top_of<L>(x + b * size, std::min(size, n - b * size)));
       });

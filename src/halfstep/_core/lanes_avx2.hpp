@@ -69,9 +69,25 @@ struct Avx2Lanes {
     m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xB1));
     return std::uint32_t(_mm_cvtsi128_si32(m));
   }
+  static void store_tops(std::uint32_t* p, Bits a, Bits b, Bits c, Bits d) {
+    const auto pairs = [](Bits x, Bits y) {
+      return _mm256_max_epu32(_mm256_unpacklo_epi32(x, y), _mm256_unpackhi_epi32(x, y));
+    };
+    const Bits ab = pairs(a, b), cd = pairs(c, d);
+    const Bits all = _mm256_max_epu32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(p),
+        _mm_max_epu32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+  }
   static Float least(Float a, Float b) { return _mm256_min_ps(a, b); }
   static Float most(Float a, Float b) { return _mm256_max_ps(a, b); }
   static Float over(Float a, Float b) { return _mm256_div_ps(a, b); }
+  static Float over(Float a, Float b, Float inverse) {
+    Float q = _mm256_mul_ps(a, inverse);
+    q = _mm256_fmadd_ps(_mm256_fnmadd_ps(q, b, a), inverse, q);
+    q = _mm256_fmadd_ps(_mm256_fnmadd_ps(q, b, a), inverse, q);
+    return _mm256_or_ps(q, _mm256_and_ps(a, _mm256_set1_ps(-0.0f)));
+  }
   static Float fused(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static Float root(Float a) { return _mm256_sqrt_ps(a); }
 

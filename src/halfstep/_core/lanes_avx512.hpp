@@ -56,9 +56,18 @@ struct Avx512Lanes {
   static Bits shift_left(Bits a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
   static Bits max_words(Bits a, Bits b) { return _mm512_max_epu32(a, b); }
   static std::uint32_t top_word(Bits a) { return _mm512_reduce_max_epu32(a); }
+  static void store_tops(std::uint32_t* p, Bits a, Bits b, Bits c, Bits d) {
+    p[0] = top_word(a), p[1] = top_word(b), p[2] = top_word(c), p[3] = top_word(d);
+  }
   static Float least(Float a, Float b) { return _mm512_min_ps(a, b); }
   static Float most(Float a, Float b) { return _mm512_max_ps(a, b); }
   static Float over(Float a, Float b) { return _mm512_div_ps(a, b); }
+  static Float over(Float a, Float b, Float inverse) {
+    Float q = _mm512_mul_ps(a, inverse);
+    q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, b, a), inverse, q);
+    q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, b, a), inverse, q);
+    return _mm512_or_ps(q, _mm512_and_ps(a, _mm512_set1_ps(-0.0f)));
+  }
   static Float fused(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static Float root(Float a) { return _mm512_sqrt_ps(a); }
 

@@ -72,9 +72,16 @@ struct PortableLanes {
   static Bits shift_left(Bits a, int n) { return a << n; }
   static Bits max_words(Bits a, Bits b) { return a < b ? b : a; }
   static Word top_word(Bits a) { return a; }  // the largest of all lanes
+  static void store_tops(std::uint32_t* p, Bits a, Bits b, Bits c, Bits d) {  // of four vectors
+    p[0] = std::uint32_t(a), p[1] = std::uint32_t(b), p[2] = std::uint32_t(c), p[3] = std::uint32_t(d);
+  }
   static Float least(Float a, Float b) { return a < b ? a : b; }
   static Float most(Float a, Float b) { return a > b ? a : b; }
   static Float over(Float a, Float b) { return a / b; }
+  // The same quotient, where b is positive and `inverse` is 1 / b, rounded; and nothing is near the ends
+  // of the range. With fused multiply-adds that is faster than a division: the remainder of a quotient
+  // that is next to the right one is exact, and corrects it (P. Markstein, IBM J. Res. Dev. 34(1), 1990).
+  static Float over(Float a, Float b, Float) { return a / b; }
   static Float fused(Float a, Float b, Float c) { return std::fma(a, b, c); }  // a b + c, rounded once
   static Float root(Float a) { return std::sqrt(a); }
 

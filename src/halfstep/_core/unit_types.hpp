@@ -11,6 +11,7 @@ struct UnitRule {
   int block;
   int fraction_bits;
   int result_bits;
+  bool result_is_half;  // rounded to nearest in fp16; else truncated in fp32
   int lowest_exponent;
   int a_least, b_least;  // exponents of the formats' least normal numbers
 };

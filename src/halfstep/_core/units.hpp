@@ -54,6 +54,30 @@ inline float truncated(std::int64_t total, int last, int result_bits) {
   return total < 0 ? -result : result;
 }
 
+// The fp16 number next to x, ties to even: adding a number whose last bit is worth the spacing rounds.
+inline float nearest_half(double x) {
+  const double magnitude = std::fabs(x);
+  std::uint64_t binade;
+  std::memcpy(&binade, &magnitude, sizeof binade);
+  const std::uint64_t least = std::uint64_t(1023 - 14) << 52;
+  binade = (binade >> 52) << 52;
+  binade = (binade < least ? least : binade) + (std::uint64_t(52 - 10) << 52);
+  double magic;
+  std::memcpy(&magic, &binade, sizeof magic);
+  const double rounded = (magnitude + magic) - magic;
+  const float result = rounded >= 65536.0 ? std::numeric_limits<float>::infinity() : float(rounded);
+  return x < 0 ? -result : result;
+}
+
+inline float result_of(const UnitRule& rule, std::int64_t total, int last) {
+  if (rule.result_is_half) return nearest_half(std::ldexp(double(total), last));
+  return truncated(total, last, rule.result_bits);
+}
+
+inline std::int32_t least_exponent_of_sums(const UnitRule& rule) {
+  return rule.result_is_half ? -14 : -126;
+}
+
 // digits * 2^by, toward zero; by < 40.
 inline std::int64_t aligned(double digits, int by) {
   return by < -64 ? 0 : std::int64_t(std::ldexp(digits, by));
@@ -65,7 +89,7 @@ inline float add_block(const UnitRule& rule, const float* a_digits, const std::i
                        std::size_t count, float c) {
   float c_digits;
   std::int32_t c_exponent;
-  split(c, -126, c_digits, c_exponent);
+  split(c, least_exponent_of_sums(rule), c_digits, c_exponent);
   std::int32_t largest = rule.lowest_exponent;
   if (c_exponent > largest) largest = c_exponent;
   float special = c_digits - c_digits;  // 0, or NaN where c is not finite
@@ -78,13 +102,13 @@ inline float add_block(const UnitRule& rule, const float* a_digits, const std::i
   if (special != special) {
     float sum = c;
     for (std::size_t k = 0; k < count; ++k) sum += a_digits[k] * b_digits[k * b_stride];
-    return sum != sum ? float_of(0x7FFFFFFF) : sum;
+    return sum != sum ? float_of(rule.result_is_half ? 0x7FFFE000 : 0x7FFFFFFF) : sum;
   }
   std::int64_t total = aligned(c_digits, c_exponent - largest + rule.fraction_bits);
   for (std::size_t k = 0; k < count; ++k)
     total += aligned(a_digits[k] * b_digits[k * b_stride],
                      a_exponent[k] + b_exponent[k * b_stride] - largest + rule.fraction_bits);
-  return truncated(total, largest - rule.fraction_bits, rule.result_bits);
+  return result_of(rule, total, largest - rule.fraction_bits);
 }
 
 // The elements of one row, for operands or sums that are not finite.
@@ -137,6 +161,7 @@ struct UnitRow {
   // `total` becomes the running sums in units of their last digits. False where one is not finite.
   bool take_sums(const UnitRule& rule, const float* sums) {
     const std::int32_t lowest = rule.lowest_exponent, fraction = rule.fraction_bits;
+    const std::int32_t least = least_exponent_of_sums(rule);
     std::int32_t top = 0;
     for (std::size_t j = 0; j < unit_columns; ++j) {
       const std::int32_t word = std::int32_t(word_of(sums[j]));
@@ -144,7 +169,8 @@ struct UnitRow {
       top = field > top ? field : top;
       const std::int32_t digits = (word & 0x7FFFFF) | (field > 0 ? 0x800000 : 0);
       const std::int32_t exponent = (field > 1 ? field : 1) - 127;
-      const std::int32_t counts = digits != 0 ? exponent : lowest;
+      const std::int32_t raised = exponent > least ? exponent : least;
+      const std::int32_t counts = digits != 0 ? raised : lowest;
       const std::int32_t e = largest[j] > counts ? largest[j] : counts;
       const std::int32_t by = exponent - e + fraction - 23;
       const std::int32_t up = by > 0 ? by : 0;
@@ -184,6 +210,10 @@ struct UnitRow {
       double scale;
       std::memcpy(&scale, &power, sizeof scale);
       const double exact = total[j] * scale;
+      if (rule.result_is_half) {
+        sums[j] = nearest_half(exact);
+        continue;
+      }
       std::uint64_t word;
       std::memcpy(&word, &exact, sizeof word);
       word &= digits;

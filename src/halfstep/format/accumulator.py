@@ -63,7 +63,7 @@ class Accumulator:
 
     The text form names what differs from plain sequential addition, in words joined by ``/``:
     ``fp16``, ``fp16/chunk64/between-fp32``, ``e6m9/stochastic``, ``bf16/products-rounded/pairwise``,
-    ``fp16/kahan``, ``bf16/split4``, ``v100``, ``h100/chunk128``;
+    ``fp16/kahan``, ``bf16/split4``, ``v100``, ``v100/fp16``, ``h100/chunk128``;
     ``Accumulator.parse(str(a)) == a``. What each does is defined by `halfstep.matmul`.
 
     Raises `FormatError` for fields that contradict each other.
@@ -138,8 +138,8 @@ class Accumulator:
 
     @property
     def start(self) -> Format:
-        """What ``initial`` is rounded to where there are no chunks and parts: fp32 for a unit."""
-        return CATALOGUE["fp32"] if isinstance(self.adder, Unit) else self.adder
+        """What ``initial`` is rounded to where there are no chunks and parts."""
+        return CATALOGUE[self.adder.result] if isinstance(self.adder, Unit) else self.adder
 
     def of(self, left: Format, right: Format) -> Accumulator:
         """This accumulator for products of these two formats, which a unit must know.
@@ -167,6 +167,8 @@ class Accumulator:
         if isinstance(given, Format | Unit):
             return cls(adder=given, between=_between(given))
         name, *words = str(given).strip().lower().split("/")
+        if words and f"{UNIT_SYNONYMS.get(name, name)}/{words[0]}" in UNITS:  # one of two results
+            name = f"{name}/{words.pop(0)}"
         adder = _adder(name)
         fields: dict[str, Any] = {"adder": adder, "between": _between(adder)}
         for word in words:
@@ -190,7 +192,7 @@ class Accumulator:
 
 
 def _adder(name: str) -> Format | Unit:
-    if name in UNITS or name in UNIT_SYNONYMS:
+    if name.partition("/")[0] in {*UNITS, *UNIT_SYNONYMS}:
         return Unit.parse(name)
     try:
         return Format.parse(name)

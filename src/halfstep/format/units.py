@@ -23,7 +23,9 @@ class Datapath:
     fraction_bits: int
     """What is kept of each term below the largest exponent: F."""
     result_bits: int = 23
-    """Fraction bits of the sum that a block returns, as fp32."""
+    """Fraction bits of the sum that a block returns."""
+    result: str = "fp32"
+    """What that sum is kept in: fp32, truncated; or fp16, rounded to nearest, ties to even."""
     lowest_exponent: int = -133
     """The largest exponent is this at least; the exponent of a zero."""
     verified: bool = False
@@ -57,6 +59,11 @@ class Unit:
     - T = 0 is +0, also where all terms were -0; a negative sum that is truncated to zero is -0.
     - K = 0 gives ``initial``, rounded to fp32.
 
+    ``v100/fp16`` and the others are the same units with an accumulator and a result in fp16: c begins
+    as ``initial`` rounded to fp16, its exponent is -14 at least, and after each block it is T * 2^(E - F)
+    rounded to nearest in fp16, ties to even, infinite from 65520 on; NaN is 0x7FFF of fp16. The terms
+    are truncated as before. Only fp16 operands have it, and fp8 ones (arXiv 2511.10909, section 4).
+
     Source: M. Fasi, N. J. Higham, M. Mikaitis and S. Pranesh, Numerical behavior of NVIDIA tensor
     cores, PeerJ Computer Science 7:e330, 2021, section 4 (exact products, truncation, one
     normalisation, subnormal numbers); X. Li et al., FTTN, CCGrid 2024 (the blocks of H100); P. Xie
@@ -81,11 +88,16 @@ class Unit:
         """
         if isinstance(given, cls):
             return given
-        name = str(given).strip().lower()
-        name = UNIT_SYNONYMS.get(name, name)
+        name, slash, result = str(given).strip().lower().partition("/")
+        name = UNIT_SYNONYMS.get(name, name) + slash + result
         if name not in UNITS:
             raise UnknownNameError("unit", given, [*UNITS, *UNIT_SYNONYMS])
         return UNITS[name]
+
+    @property
+    def result(self) -> str:
+        """The format that the running sum and the result are kept in."""
+        return self.datapaths[0].result
 
     def datapath(self, *operands: Format) -> Datapath:
         """How it multiplies operands of these formats.
@@ -134,7 +146,7 @@ _HOPPER_FP8 = Datapath(
     evidence=f"{_RECORDED} (wgmma, C = 0); mma.sync goes another way there",
 )
 
-_LITERALS = (
+_IN_FP32 = (
     Unit(
         name="v100",
         architecture="Volta",
@@ -204,6 +216,29 @@ _LITERALS = (
     ),
 )
 
+_IN_FP16 = (
+    "as published in arXiv 2511.10909: the same sums, rounded to fp16; no recordings compared"
+)
+
+
+def _in_fp16(unit: Unit) -> Unit:
+    """The unit with an accumulator in fp16, which those with bf16 and tf32 operands have not."""
+    paths = [
+        replace(
+            path,
+            operands=tuple(name for name in path.operands if name not in ("bf16", "tf32")),
+            result="fp16",
+            result_bits=10,
+            verified=False,
+            evidence=_IN_FP16,
+        )
+        for path in unit.datapaths
+    ]
+    kept = tuple(path for path in paths if path.operands)
+    return replace(unit, name=f"{unit.name}/fp16", datapaths=kept)
+
+
+_LITERALS = (*_IN_FP32, *map(_in_fp16, _IN_FP32))
 UNITS: Mapping[str, Unit] = MappingProxyType({unit.name: unit for unit in _LITERALS})
 
 # What users call them.
@@ -226,7 +261,9 @@ UNIT_SYNONYMS: Mapping[str, str] = MappingProxyType(
 def units() -> Mapping[str, Unit]:
     """Every matrix unit that is modelled, by name: what ``accumulate=`` of `halfstep.matmul` takes.
 
-    >>> sorted(units())
+    >>> sorted(name for name, unit in units().items() if unit.result == "fp32")
     ['a100', 'ada', 'b200', 'h100', 'h200', 'v100']
+    >>> units()["v100/fp16"].result
+    'fp16'
     """
     return UNITS

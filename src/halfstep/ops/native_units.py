@@ -42,7 +42,10 @@ def matmul_into(
 
     ``out`` is contiguous; ``a`` and ``b`` may be broadcast.
     """
-    out.copy_(initial)
+    if accumulator.start.name == "fp32" or accumulator.chunk:
+        out.copy_(initial)
+    else:
+        native.round_into(out, initial, accumulator.start, Rounding.NEAREST, key)
     if not out.numel():
         return
     rows, columns = out.shape[-2:]
@@ -69,6 +72,7 @@ def _accumulate(out: Tensor, a: Tensor, b: Tensor, accumulator: Accumulator) -> 
         block=path.block,
         fraction_bits=path.fraction_bits,
         result_bits=path.result_bits,
+        result_is_half=path.result == "fp16",
         lowest_exponent=path.lowest_exponent,
         a_least=left.min_exponent,
         b_least=right.min_exponent,

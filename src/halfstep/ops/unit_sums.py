@@ -14,10 +14,10 @@ from halfstep.format import Datapath, Format, Unit
 
 __all__ = ["sum_of_blocks"]
 
-CANONICAL_NAN = 0x7FFFFFFF
+CANONICAL_NAN = {"fp32": 0x7FFFFFFF, "fp16": 0x7FFFE000}  # fp16's 0x7FFF, as fp32
 _FAR = 62  # a shift by so much leaves nothing of a term
-_C_DIGITS = 23  # fraction bits of the running sum, an fp32
-_C_LEAST = -126
+_C_DIGITS = 23  # fraction bits of the running sum
+_C_LEAST = {"fp32": -126, "fp16": -14}
 
 
 def sum_of_blocks(
@@ -40,7 +40,7 @@ def _block(
     count = len(steps)
     a_digits, a_exponent = _split(a, left.mantissa_bits, left.min_exponent)
     b_digits, b_exponent = _split(b, right.mantissa_bits, right.min_exponent)
-    c_digits, c_exponent = _split(c, _C_DIGITS, _C_LEAST)
+    c_digits, c_exponent = _split(c, _C_DIGITS, _C_LEAST[path.result])
     # (digits, exponent, fraction bits of the digits) of each term of the sum
     terms = [
         (
@@ -58,8 +58,11 @@ def _block(
     total = torch.zeros_like(largest)
     for digits, exponent, fraction in terms:
         total += _shifted(digits, exponent - fraction - last)
-    result = _truncated(total, last, path.result_bits)
-    return _with_specials(result, a, b, c)
+    if path.result == "fp16":
+        result = _nearest_half(total, last, path.result_bits)
+    else:
+        result = _truncated(total, last, path.result_bits)
+    return _with_specials(result, a, b, c, CANONICAL_NAN[path.result])
 
 
 def _split(x: Tensor, fraction: int, least: int) -> tuple[Tensor, Tensor]:
@@ -78,19 +81,29 @@ def _shifted(digits: Tensor, by: Tensor) -> Tensor:
 def _truncated(total: Tensor, last: Tensor, fraction: int) -> Tensor:
     """total * 2^last with so many fraction bits as an fp32 number, toward zero; float64."""
     size = torch.frexp(total.to(torch.float64)).exponent - 1 + last
-    drop = (size.clamp(min=_C_LEAST) - fraction - last).clamp(0, _FAR)
+    drop = (size.clamp(min=_C_LEAST["fp32"]) - fraction - last).clamp(0, _FAR)
     magnitude = (total.abs() >> drop) << drop
     value = torch.ldexp(magnitude.to(torch.float64), last.to(torch.float64))
     value = torch.where(value >= 2.0**128, torch.inf, value)
     return torch.where(total < 0, -value, value)
 
 
-def _with_specials(result: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+def _nearest_half(total: Tensor, last: Tensor, fraction: int) -> Tensor:
+    """total * 2^last, which float64 holds, as an fp16 number, to nearest, ties to even; float64."""
+    exact = torch.ldexp(total.abs().to(torch.float64), last.to(torch.float64))
+    exponent = (torch.frexp(exact).exponent - 1).clamp(min=_C_LEAST["fp16"])
+    quantum = torch.ldexp(torch.ones_like(exact), (exponent - fraction).to(torch.float64))
+    value = (exact / quantum).round() * quantum
+    value = torch.where(value >= 2.0**16, torch.inf, value)
+    return torch.where(total < 0, -value, value)
+
+
+def _with_specials(result: Tensor, a: Tensor, b: Tensor, c: Tensor, nan_bits: int) -> Tensor:
     if all(bool(x.isfinite().all()) for x in (a, b, c)):
         return result
     # finite terms cannot make a float64 sum overflow: 2^8 of at most 2^256
     terms: Sequence[Tensor] = [a[..., :, k, None] * b[..., k, None, :] for k in range(a.shape[-1])]
     special = sum(terms, start=c)
-    nan = torch.tensor(CANONICAL_NAN, dtype=torch.int32, device=c.device).view(torch.float32)
+    nan = torch.tensor(nan_bits, dtype=torch.int32, device=c.device).view(torch.float32)
     result = torch.where(special.isinf(), special, result)
     return torch.where(special.isnan(), nan.to(torch.float64), result)
