@@ -230,8 +230,8 @@ def test_gradients_that_no_scale_mends_are_an_error_that_says_so():
 def test_a_switched_model_is_refused_and_one_switched_off_is_not():
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    switch = halfstep.switch(model, optimizer, "fp16")
-    said = r"switched to fp16 was called inside halfstep\.emulate\(bf16\).*call switch\.off\(\), or call"
+    switch = halfstep.switch(model, optimizer, "fp16:initial=1024")
+    said = r"switched to fp16:initial=1024 was called inside halfstep\.emulate\(bf16\).*call switch\.off\(\)"
     with halfstep.emulate("bf16"), pytest.raises(SwitchError, match=said):
         model(torch.ones(2, 4))
     with halfstep.emulate("fp32"):  # which changes nothing
