@@ -30,7 +30,9 @@ from halfstep.ops.sparsity import Sparse, compressed
 
 __all__ = ["derives", "multiply", "on_grid", "plain_multiply", "product"]
 
-_COPIED = 2**22  # numbers at once of operands that are rounded first
+_COPIED = (
+    2**23
+)  # the most numbers of operands that are rounded whole; else in parts of half as many
 _GATHERED = 2**22  # numbers of the right operand that are gathered at once for a sparse left one
 
 
@@ -93,7 +95,7 @@ def _copied(a: Tensor, b: Tensor, arithmetic: Arithmetic) -> int:
 
 def _by_parts(out: Tensor, a: Tensor, b: Tensor, start: Tensor, arithmetic: Arithmetic) -> None:
     """``out = a @ b + start``, all of one batch, in parts that copy little."""
-    small = max(_copied(a, b, arithmetic), out.numel()) <= _COPIED
+    small = max(_copied(a, b, arithmetic), out.numel()) <= _COPIED // 2
     if out.dim() > 2 and len(out) == 1:
         _by_parts(out[0], a[0], b[0], start[0], arithmetic)
     elif small or out.numel() == 1:
@@ -106,7 +108,7 @@ def _by_parts(out: Tensor, a: Tensor, b: Tensor, start: Tensor, arithmetic: Arit
             _by_parts(out[part], a[part], b, start[part], arithmetic)
     else:
         for part in _halves(out.shape[1]):
-            _by_parts(out[:, part], a, b[:, part], start[:, part], arithmetic)
+            _by_parts(out[:, part], a, b[:, part].contiguous(), start[:, part], arithmetic)
 
 
 def _halves(size: int) -> tuple[slice, slice]:

@@ -24,7 +24,7 @@ def step_in_one_pass(optimizer: Optimizer) -> Callable[[], None]:
     """Have ``optimizer`` step in one pass from now on, if it is one of torch's three; returns the way back.
 
     Left to torch are: subclasses, ``fused=True`` (which is one pass already), ``amsgrad``, ``capturable``,
-    ``differentiable``, hyperparameters that are tensors (but the learning rate), parameters that are not
+    ``differentiable``, hyperparameters that are tensors (but SGD's learning rate), parameters that are not
     float32 on the CPU or whose gradient and state lie in memory in another order, and steps that a dispatch
     mode looks on or a compiler traces.
 
@@ -64,8 +64,10 @@ def _takes(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     if any(group.get(option) for option in _NOT_OURS) or hasattr(optimizer, "found_inf"):
         return False
     lr = group["lr"]
-    if isinstance(lr, Tensor) and (lr.requires_grad or lr.numel() != 1):
-        return False
+    if isinstance(lr, Tensor) and (
+        type(optimizer) is not SGD or lr.requires_grad or lr.numel() != 1
+    ):
+        return False  # with a tensor Adam computes its step's length in float32
     others = {**group, "lr": 0, "params": ()}
     numbers = [x for v in others.values() for x in (v if isinstance(v, tuple) else (v,))]
     return not any(isinstance(number, Tensor) for number in numbers)
