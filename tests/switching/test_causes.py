@@ -239,3 +239,23 @@ def test_what_is_kept_is_gone_with_the_next_step_and_bounded():
         model(X)
     switch.off()
     assert not switch.recorder.calls()
+
+
+def test_impossible_paths_of_a_ctc_loss_are_not_to_blame():
+    class Recogniser(Net):
+        def forward(self, x):
+            spoken = (
+                super().forward(x).unsqueeze(1).log_softmax(-1)
+            )  # 6 steps of one sound, 2 signs
+            return (
+                F.ctc_loss(spoken, torch.tensor([[1]]), torch.tensor([6]), torch.tensor([1])) * 2e3
+            )
+
+    model = Recogniser()
+    optimizer = sgd(model, lr=1e-3)
+    switch = halfstep.switch(model, optimizer, "fp16")
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(X).backward()
+        optimizer.step()
+    assert 0 < switch.skipped_steps < 29 and switch.last_step.applied

@@ -114,6 +114,8 @@ _SAME = frozenset((*_SHAPES, *_PARTS, "_to_copy", "clone"))
 _MEANT = frozenset(
     ("masked_fill", "full", "full_like", "scalar_tensor", "where", "fill", "new_full")
 )
+# What hands back logarithms of probabilities behind its result, -inf where there is no path.
+_LOGARITHMS = frozenset(("_ctc_loss", "_cudnn_ctc_loss"))
 _EMPTY = frozenset(("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"))
 _DOTS = frozenset(("linear", "mm", "bmm", "addmm", "baddbmm", "convolution", "matmul"))
 _ALIASES = {"_linear_pointwise": "linear"}
@@ -193,7 +195,8 @@ class Inspection(TorchDispatchMode):
                     self._roles[t] = role
             self._made[t] = (same and given and self._origin(given[0])) or (name, largest)
         if finite and made and name not in _EMPTY:
-            bad = next((t for t in made if not is_finite(t)), None)
+            looked_at = made[:1] if name in _LOGARITHMS else made
+            bad = next((t for t in looked_at if not is_finite(t)), None)
             if bad is not None:
                 self._found(name, bad, largest)
         return out

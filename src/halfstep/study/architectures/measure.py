@@ -19,7 +19,7 @@ from torch.optim import SGD, Optimizer
 import halfstep
 from halfstep.study.architectures.architecture import Architecture
 from halfstep.study.architectures.catalogue import ARCHITECTURES
-from halfstep.study.architectures.program import draw_batches, train
+from halfstep.study.architectures.program import draw_batches, seed_everything, train
 
 __all__ = ["SEEDS", "cosine", "first_gradient", "main"]
 
@@ -39,14 +39,14 @@ def first_gradient(architecture: Architecture, recipe: str = "fp32") -> Tensor:
 
     Source: Yang et al., A Mean Field Theory of Batch Normalization, arXiv 1902.08129, section 1.
     """
-    torch.manual_seed(SEEDS[0])
+    seed_everything(SEEDS[0])
     model = architecture.build().eval()
     optimizer = SGD(model.parameters(), lr=0.0)
     switch = halfstep.switch(model, optimizer, recipe=recipe)
     batch = draw_batches(architecture)[0]
     for _ in range(_TRIES):
         optimizer.zero_grad()
-        torch.manual_seed(SEEDS[0])  # of models that draw what they hide
+        seed_everything(SEEDS[0])  # of models that draw what they hide
         architecture.loss(model, batch).backward()
         found = _flat(model)
         optimizer.step()

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -20,7 +21,7 @@ from halfstep.study.architectures.architecture import Architecture
 from halfstep.study.architectures.batches import Batch
 from halfstep.study.architectures.catalogue import ARCHITECTURES
 
-__all__ = ["BATCHES", "STEPS", "Losses", "draw_batches", "train"]
+__all__ = ["BATCHES", "STEPS", "Losses", "draw_batches", "seed_everything", "train"]
 
 STEPS = 20
 BATCHES = 4
@@ -51,6 +52,12 @@ def _quiet(model: nn.Module) -> None:
             module.train()
 
 
+def seed_everything(seed: int) -> None:
+    """Torch's random numbers, and numpy's: SpecAugment draws from those."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+
+
 def train(
     architecture: Architecture,
     seed: int,
@@ -62,7 +69,7 @@ def train(
     """``steps`` of AdamW on four batches in turn, of which the first ``idle`` are not applied; ``prepare``
     is given model and optimizer beforehand.
     """
-    torch.manual_seed(seed)
+    seed_everything(seed)
     model = architecture.build()
     optimizer = AdamW(model.parameters(), lr=architecture.rate)
     prepare(model, optimizer)
@@ -76,7 +83,7 @@ def train(
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     _quiet(model)
-    torch.manual_seed(seed)  # of models that draw what they hide
+    seed_everything(seed)  # of models that draw what they hide
     with torch.no_grad():
         after = sum(float(architecture.loss(model, batch)) for batch in data) / BATCHES
     return Losses(steps=tuple(losses), after=after)
