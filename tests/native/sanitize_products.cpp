@@ -42,15 +42,17 @@ struct Scratch {
 bool adds(const Shape& shape, Strides strides, const DotSum& sum, bool turned, bool special) {
   const Matrix a(shape.rows, shape.depth, strides, 1, special);
   const Matrix b(shape.depth, shape.columns, strides, 2, special);
+  const Grid half = float_grid(10, -24, 65504);
   std::vector<float> first;
   for (const Kernels* kernels : available_kernels()) {
     const Scratch scratch;
     std::vector<float> out(shape.rows * shape.columns, 0.5f);
     const auto row = std::ptrdiff_t(turned ? 1 : shape.columns);
     const auto column = std::ptrdiff_t(turned ? shape.rows : 1);
+    const RoundOperand round{special ? nullptr : &half, kernels->round_to};
     const DotWork work{a.numbers.data(), a.row, a.column, b.numbers.data(), b.row, b.column,
                        out.data(), row, column, shape.rows, shape.columns, shape.depth, 0,
-                       std::uint64_t(row), std::uint64_t(column), scratch.floats};
+                       std::uint64_t(row), std::uint64_t(column), scratch.floats, round, round};
     kernels->dot(work, sum);
     if (first.empty()) first = out;
     if (!same_numbers(out, first)) {

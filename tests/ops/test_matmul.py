@@ -448,8 +448,11 @@ def test_negative_zero_starts_and_stays():
     ],
     ids=str,
 )
-def test_large_operands_are_rounded_in_parts(shapes: Any, monkeypatch: pytest.MonkeyPatch):
-    a, b = several("normal", *shapes[0], seed=SEED), several("normal", *shapes[1], seed=SEED + 1)
+def test_large_operands_of_other_dtypes_are_rounded_in_parts(
+    shapes: Any, monkeypatch: pytest.MonkeyPatch
+):
+    a = several("normal", *shapes[0], seed=SEED).double()
+    b = several("normal", *shapes[1], seed=SEED + 1).double()
     start = several("normal", shapes[1][-1], seed=SEED + 2)
     whole = halfstep.matmul(a, b, "e4m3fn", "fp16/chunk24", initial=start)
     monkeypatch.setattr(products, "_COPIED", 500)
@@ -462,3 +465,35 @@ def test_large_operands_are_rounded_in_parts(shapes: Any, monkeypatch: pytest.Mo
     a.grad = None
     halfstep.matmul(a, b, "e4m3fn", "fp16/chunk24").sum().backward()
     assert same_numbers(gradient, a.grad).all()
+
+
+@pytest.mark.parametrize(
+    "accumulate",
+    ["fp32", "fp16", "bf16/chunk64", "fp16/products-rounded", "fp16/kahan", "fp16/stochastic"],
+)
+@pytest.mark.parametrize(
+    "shapes",
+    [((1, 700), (700, 90)), ((1, 700), (700, 1)), ((90, 70), (70, 3)), ((4, 5, 70), (70, 33))],
+    ids=str,
+)
+@pytest.mark.skipif(not NATIVE_SETS, reason="needs the extension")
+@pytest.mark.parametrize("kind", ["normal", "not finite"])
+def test_operands_are_rounded_while_they_are_packed(
+    accumulate: str, shapes: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    """As `halfstep.round_to` rounds them, transposed and broadcast, and not in their own memory."""
+    a, b = several(kind, *shapes[0], seed=SEED), several(kind, *shapes[1], seed=SEED + 1)
+    kept = a.clone(), b.clone()
+    for formats in (("e4m3fn", "fp32"), ("fp32", "e5m2:saturate"), ("bf16", "int8")):
+        left, right = (halfstep.round_to(x, f) for x, f in zip((a, b), formats, strict=True))
+        seeds = [torch.Generator().manual_seed(SEED) for _ in range(2)]
+        found = halfstep.matmul(a, b, formats, accumulate, generator=seeds[0])
+        expected = halfstep.matmul(left, right, "fp32", accumulate, generator=seeds[1])
+        assert same_numbers(found, expected).all(), formats
+    assert same_numbers(a, kept[0]).all() and same_numbers(b, kept[1]).all()
+
+    def no_copy(*_: Any) -> None:
+        raise AssertionError("an operand was copied to be rounded")
+
+    monkeypatch.setattr(products, "round_into", no_copy)
+    halfstep.matmul(a.mT.contiguous().mT, b, "e4m3fn", accumulate)

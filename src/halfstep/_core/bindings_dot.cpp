@@ -41,13 +41,14 @@ struct Operands {
 void dot(std::uintptr_t a, std::uintptr_t a_starts, std::ptrdiff_t a_row, std::ptrdiff_t a_column,
          std::uintptr_t b, std::uintptr_t b_starts, std::ptrdiff_t b_row, std::ptrdiff_t b_column,
          std::uintptr_t out, std::uintptr_t start, std::size_t batch, std::size_t m, std::size_t n,
-         std::size_t k, const DotSum& rule, std::uint32_t key_low, std::uint32_t key_high,
+         std::size_t k, const Grid* round_a, const Grid* round_b, const DotSum& rule, std::uint32_t key_low, std::uint32_t key_high,
          int threads) {
   DotSum sum = rule;
   sum.key = {key_low, key_high};
   Operands operands{reinterpret_cast<const float*>(a), reinterpret_cast<const std::int64_t*>(a_starts), a_row, a_column,
                     reinterpret_cast<const float*>(b), reinterpret_cast<const std::int64_t*>(b_starts), b_row, b_column};
   const Kernels* kernels = kernels_in_use();
+  RoundOperand left{round_a, kernels->round_to}, right{round_b, kernels->round_to};
   float first = 0;
   if (start != 0) {
     double number = *reinterpret_cast<const float*>(start);
@@ -60,6 +61,7 @@ void dot(std::uintptr_t a, std::uintptr_t a_starts, std::ptrdiff_t a_row, std::p
   std::size_t rows = m, columns = n;
   if (turned) {
     std::swap(rows, columns);
+    std::swap(left, right);
     operands = {operands.b, operands.b_starts, b_column, b_row, operands.a, operands.a_starts, a_column, a_row};
   }
   const std::ptrdiff_t out_row = turned ? 1 : std::ptrdiff_t(n), out_column = turned ? std::ptrdiff_t(n) : 1;
@@ -96,7 +98,9 @@ void dot(std::uintptr_t a, std::uintptr_t a_starts, std::ptrdiff_t a_row, std::p
           element,
           std::uint64_t(out_row),
           std::uint64_t(out_column),
-          scratch.floats};
+          scratch.floats,
+          left,
+          right};
       if (start != 0)
         for (std::size_t r = 0; r < work.rows; ++r)
           for (std::size_t c = 0; c < work.columns; ++c)
@@ -122,7 +126,8 @@ void bind_dot(nb::module_& m) {
           nb::arg("split"));
   m.def("dot", &dot, nb::arg("a"), nb::arg("a_starts"), nb::arg("a_row"), nb::arg("a_column"),
         nb::arg("b"), nb::arg("b_starts"), nb::arg("b_row"), nb::arg("b_column"), nb::arg("out"),
-        nb::arg("start"), nb::arg("batch"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("sum"),
+        nb::arg("start"), nb::arg("batch"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("round_a").none(),
+        nb::arg("round_b").none(), nb::arg("sum"),
         nb::arg("key_low"), nb::arg("key_high"), nb::arg("threads"),
         nb::call_guard<nb::gil_scoped_release>());
 }

@@ -160,8 +160,8 @@ struct Careful {
 
   // sums[0]: of the products at hand, [1]: of the chunks of a part, [2]: of the parts; from [3] on a
   // second number of Kahan's, or the tree's sums that wait for a right neighbour, one a level.
-  void row(Strip* sums, const float* a, std::ptrdiff_t a_column, const float* panel, std::size_t first,
-           std::size_t depth, std::size_t total_depth, std::uint64_t element, std::uint64_t element_column) const {
+  void row(Strip* sums, const float* a, const float* panel, std::size_t first, std::size_t depth,
+           std::size_t total_depth, std::uint64_t element, std::uint64_t element_column) const {
     const std::size_t part_length = (total_depth + s.split - 1) / s.split;
     for (std::size_t v = 0; v < careful_vectors; ++v) {
       const Elements e{element + v * careful_width * element_column, element_column};
@@ -174,7 +174,7 @@ struct Careful {
             s.chunk && chunk_first + s.chunk < part_last ? chunk_first + s.chunk : part_last;
         Floats right;
         std::memcpy(&right, panel + (k - first) * careful_columns + v * careful_width, sizeof right);
-        Doubles product = double(a[std::ptrdiff_t(k - first) * a_column]) * __builtin_convertvector(right, Doubles);
+        Doubles product = double(a[k - first]) * __builtin_convertvector(right, Doubles);
         if (s.products_rounded) product = rounded(product, slot_product, k, e);
         if (s.order == Order::sequential) {
           inner = added(inner, product, slot_sum, k, e);
@@ -231,7 +231,8 @@ void careful_with(const DotWork& work, const DotSum& sum) {
   const Careful<rounding> careful(sum);
   const std::size_t at = sum.split > 1 ? 2 : sum.chunk ? 1 : 0;  // where the start belongs
   float* panel = work.scratch;
-  Strip* strips = reinterpret_cast<Strip*>(work.scratch + careful_columns * dot_depth);
+  float* left = panel + careful_columns * dot_depth;
+  Strip* strips = reinterpret_cast<Strip*>(left + careful_rows * dot_depth);
   for (std::size_t column = 0; column < work.columns; column += careful_columns)
     for (std::size_t row = 0; row < work.rows; row += careful_rows) {
       const std::size_t columns = work.columns - column < careful_columns ? work.columns - column : careful_columns;
@@ -250,10 +251,14 @@ void careful_with(const DotWork& work, const DotSum& sum) {
           for (std::size_t j = 0; j < careful_columns; ++j)
             panel[k * careful_columns + j] = j < columns ? from[std::ptrdiff_t(j) * work.b_column] : 0.0f;
         }
+        work.round_b(panel, depth * careful_columns);
+        for (std::size_t i = 0; i < rows; ++i) {
+          const float* from = work.a + std::ptrdiff_t(row + i) * work.a_row + std::ptrdiff_t(first) * work.a_column;
+          for (std::size_t k = 0; k < depth; ++k) left[i * depth + k] = from[std::ptrdiff_t(k) * work.a_column];
+        }
+        work.round_a(left, rows * depth);
         for (std::size_t i = 0; i < rows; ++i)
-          careful.row(strips + i * careful_slots,
-                      work.a + std::ptrdiff_t(row + i) * work.a_row + std::ptrdiff_t(first) * work.a_column,
-                      work.a_column, panel, first, depth, work.depth,
+          careful.row(strips + i * careful_slots, left + i * depth, panel, first, depth, work.depth,
                       work.element + (row + i) * work.element_row + column * work.element_column,
                       work.element_column);
       }

@@ -270,13 +270,21 @@ class FastDot {
   }
 
   bool pack(std::size_t first, std::size_t depth) {
-    pack_rows(w, first, depth, rows);
-    for (std::size_t p = 0; p < across; ++p) pack_columns(w, first, depth, p * width, width, panels + p * width * depth);
-    if (plain) return true;
     const int of_a = scale / 2, of_b = scale - of_a;
+    const float factor = std::ldexp(1.0f, of_b);
     Survey a, b;
-    a.take(rows, rows, w.rows * depth, std::ldexp(1.0f, of_a));
-    b.take(panels, panels, padded * depth, std::ldexp(1.0f, of_b));
+    pack_rows(w, first, depth, rows);
+    w.round_a(rows, w.rows * depth);
+    if (!plain) a.take(rows, rows, w.rows * depth, std::ldexp(1.0f, of_a));
+    for (std::size_t p = 0; p < across; ++p) {
+      float* panel = panels + p * width * depth;
+      const std::size_t columns = std::min(width, w.columns - p * width);
+      pack_columns(w, first, depth, p * width, columns, panel);
+      w.round_b(panel, depth * columns);
+      if (!plain) b.take(panel, panel, depth * columns, factor);
+      if (columns < width) spread_columns(panel, depth, columns, width);
+    }
+    if (plain) return true;
     if (!a.is_finite() || !b.is_finite()) return false;
     if (a.is_zero() || b.is_zero()) {
       most_product = 0;

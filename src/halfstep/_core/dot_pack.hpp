@@ -78,34 +78,48 @@ inline void transpose_eight(const float* from, std::ptrdiff_t stride, float* to,
   }
 }
 
-// b[depth, columns from `column`] as panel[k][width], zeros where b has no more columns.
+// b[depth, columns from `column`] as panel[k][columns].
 inline void pack_columns(const DotWork& work, std::size_t first, std::size_t depth, std::size_t column,
-                         std::size_t width, float* panel) {
-  const std::size_t columns = std::min(width, work.columns - column);
+                         std::size_t columns, float* panel) {
   const float* from = work.b + std::ptrdiff_t(first) * work.b_row + std::ptrdiff_t(column) * work.b_column;
-  std::size_t done = 0;  // columns
-  if (work.b_row == 1 && work.b_column != 1) {
-    for (; done + 8 <= columns; done += 8) {
-      std::size_t k = 0;
-      for (; k + 8 <= depth; k += 8)
-        transpose_eight(from + std::ptrdiff_t(done) * work.b_column + k, work.b_column, panel + k * width + done, width);
-      for (; k < depth; ++k)
-        for (std::size_t j = done; j < done + 8; ++j)
-          panel[k * width + j] = from[std::ptrdiff_t(j) * work.b_column + std::ptrdiff_t(k)];
-    }
-    if (done == width) return;
-  }
-  if (work.b_column == 1 && columns == width) {
+  if (columns == 1) return copy_row(from, work.b_row, depth, panel);
+  if (work.b_column == 1 && columns % 8 == 0) {
     for (std::size_t k = 0; k < depth; ++k) {
       const float* row = from + std::ptrdiff_t(k) * work.b_row;
-      for (std::size_t j = 0; j < width; j += 8) _mm256_storeu_ps(panel + k * width + j, _mm256_loadu_ps(row + j));
+      for (std::size_t j = 0; j < columns; j += 8) _mm256_storeu_ps(panel + k * columns + j, _mm256_loadu_ps(row + j));
     }
     return;
   }
+  std::size_t done = 0;  // columns
+  if (work.b_row == 1 && work.b_column != 1)
+    for (; done + 8 <= columns; done += 8) {
+      std::size_t k = 0;
+      for (; k + 8 <= depth; k += 8)
+        transpose_eight(from + std::ptrdiff_t(done) * work.b_column + k, work.b_column, panel + k * columns + done,
+                        columns);
+      for (; k < depth; ++k)
+        for (std::size_t j = done; j < done + 8; ++j)
+          panel[k * columns + j] = from[std::ptrdiff_t(j) * work.b_column + std::ptrdiff_t(k)];
+    }
+  if (done == columns) return;
   for (std::size_t k = 0; k < depth; ++k) {
     const float* row = from + std::ptrdiff_t(k) * work.b_row;
-    copy_row(row + std::ptrdiff_t(done) * work.b_column, work.b_column, columns - done, panel + k * width + done);
-    std::fill(panel + k * width + columns, panel + (k + 1) * width, 0.0f);
+    copy_row(row + std::ptrdiff_t(done) * work.b_column, work.b_column, columns - done, panel + k * columns + done);
+  }
+}
+
+// panel[k][columns] becomes panel[k][width], a multiple of 8, zeros where there was nothing; from the end, in place.
+inline void spread_columns(float* panel, std::size_t depth, std::size_t columns, std::size_t width) {
+  alignas(32) std::int32_t lanes[8];
+  for (int lane = 0; lane < 8; ++lane) lanes[lane] = lane < int(columns % 8) ? -1 : 0;
+  const __m256i some = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
+  for (std::size_t k = depth; k-- > 0;) {
+    const float* from = panel + k * columns;
+    float* to = panel + k * width;
+    std::size_t j = columns / 8 * 8;
+    for (std::size_t beyond = j + 8; beyond < width; beyond += 8) _mm256_storeu_ps(to + beyond, _mm256_setzero_ps());
+    _mm256_storeu_ps(to + j, _mm256_maskload_ps(from + j, some));
+    for (; j > 0; j -= 8) _mm256_storeu_ps(to + j - 8, _mm256_loadu_ps(from + j - 8));
   }
 }
 

@@ -76,6 +76,28 @@ struct DotSum {
   Key key;
 };
 
+// out is float32, float64 or 16 bits. The rounding is made in float64 or in float32, which holds every
+// number of x (but int64's, which float64 holds rounded to odd).
+struct RoundArrays {
+  const void* x;
+  Carrier x_carrier;
+  void* out;
+  Carrier out_carrier;
+  bool in_float64;
+};
+
+// What an operand's numbers are rounded to, to nearest, while they are packed.
+struct RoundOperand {
+  const Grid* grid = nullptr;  // for float32; null: they are on it
+  void (*kernel)(const RoundArrays& arrays, std::size_t begin, std::size_t end, const Grid& grid, Rounding rounding,
+                 Key key, bool stream) = nullptr;
+
+  void operator()(float* numbers, std::size_t n) const {
+    if (grid != nullptr)
+      kernel({numbers, Carrier::float32, numbers, Carrier::float32, false}, 0, n, *grid, Rounding::nearest, Key{}, false);
+  }
+};
+
 // out[rows, columns] += a[rows, depth] @ b[depth, columns]. Strides are in elements. `element` is
 // the place of out[0, 0] in the whole result, which its random bits depend on.
 struct DotWork {
@@ -88,22 +110,13 @@ struct DotWork {
   std::size_t rows, columns, depth;
   std::uint64_t element, element_row, element_column;
   float* scratch;  // dot_scratch of them, aligned to 64 bytes
+  RoundOperand round_a, round_b;
 };
 
 constexpr std::size_t dot_rows = 192;     // the most of one work
 constexpr std::size_t dot_columns = 256;  // the most of one work
 constexpr std::size_t dot_depth = 256;    // of a panel, of which there may be many
 constexpr std::size_t dot_scratch = (dot_rows + dot_columns) * dot_depth + 3 * dot_rows * dot_columns;
-
-// out is float32, float64 or 16 bits. The rounding is made in float64 or in float32, which holds every
-// number of x (but int64's, which float64 holds rounded to odd).
-struct RoundArrays {
-  const void* x;
-  Carrier x_carrier;
-  void* out;
-  Carrier out_carrier;
-  bool in_float64;
-};
 
 // How a block's scale is found and its elements are coded; the names are halfstep.format.BlockFormat's.
 struct BlockPlan {

@@ -217,11 +217,18 @@ def _refuses_sum(accumulator: Accumulator) -> str:
 
 
 def matmul_into(
-    out: Tensor, a: Tensor, b: Tensor, initial: Tensor, accumulator: Accumulator, key: Key
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial: Tensor,
+    accumulator: Accumulator,
+    key: Key,
+    operands: tuple[Format | None, Format | None] = (None, None),
 ) -> None:
     """Writes ``a @ b + initial`` to ``out``, added as the accumulator says; see `halfstep.matmul`.
 
-    ``out`` is contiguous; ``a``, ``b`` and ``initial`` may be broadcast.
+    ``out`` is contiguous; ``a``, ``b`` and ``initial`` may be broadcast. ``operands``: what ``a`` and
+    ``b`` are rounded to on the way, which float32 holds and `refuses_round` does not refuse.
     """
     if not out.numel():
         return
@@ -244,12 +251,18 @@ def matmul_into(
         m=a.shape[-2],
         n=b.shape[-1],
         k=a.shape[-1],
+        round_a=_operand_grid(operands[0]),
+        round_b=_operand_grid(operands[1]),
         sum=_sum(accumulator),
         key_low=key.low,
         key_high=key.high,
         threads=torch.get_num_threads(),
     )
     torch.autograd.graph.increment_version(out)
+
+
+def _operand_grid(format: Format | None) -> Any:
+    return None if format is None else grid_of(format, Rounding.NEAREST, in_float64=False)
 
 
 def _start(accumulator: Accumulator) -> Format:

@@ -12,6 +12,7 @@ from torch.autograd import Function, forward_ad
 
 from halfstep.errors import OperandError
 from halfstep.format import Accumulator, Format, Rounding
+from halfstep.ops import native
 from halfstep.ops.arithmetic import (
     NO_KEY,
     Arithmetic,
@@ -21,7 +22,8 @@ from halfstep.ops.arithmetic import (
     next_key,
     seed_of_node,
 )
-from halfstep.ops.backends import Backend, choose
+from halfstep.ops.backends import Backend, Choice, choose
+from halfstep.ops.carriers import holds
 from halfstep.ops.custom import operator, outside_graphs
 from halfstep.ops.integer_sums import result_dtype
 from halfstep.ops.random_bits import Key
@@ -65,7 +67,7 @@ def _product(
     a: Tensor, b: Tensor, initial: Tensor | None, arithmetic: Arithmetic, key: Key
 ) -> Tensor:
     wide = torch.float64 in (a.dtype, b.dtype)
-    if _copied(a, b, arithmetic) <= _COPIED:
+    if a.numel() + b.numel() <= _COPIED or _copied(a, b, arithmetic) <= _COPIED:
         out = _whole(a, b, initial, arithmetic, key)
         return out.double() if wide else out
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
@@ -87,9 +89,20 @@ def _copied(a: Tensor, b: Tensor, arithmetic: Arithmetic) -> int:
     how = arithmetic.accumulator
     if how.rounding is Rounding.STOCHASTIC or arithmetic.sparse is not Sparse.NONE:
         return 0  # random bits belong to places in the whole result
+    choice = choose("matmul", a.device, arithmetic.backend, asked=how, tensors=(a, b))
     return sum(
-        0 if _is_on_grid(x, format) else x.numel()
+        0 if _is_on_grid(x, format) or _rounds_on_the_way(choice, x, format) else x.numel()
         for x, format in zip((a, b), arithmetic.operands, strict=True)
+    )
+
+
+def _rounds_on_the_way(choice: Choice, x: Tensor, format: Format) -> bool:
+    """True where the kernel rounds the operand while it packs it, without a copy."""
+    return (
+        choice.function is native.matmul_into
+        and x.dtype is torch.float32
+        and not native.refuses_round(format, ())
+        and holds(torch.float32, format)
     )
 
 
@@ -118,17 +131,13 @@ def _halves(size: int) -> tuple[slice, slice]:
 def _whole(
     a: Tensor, b: Tensor, initial: Tensor | None, arithmetic: Arithmetic, key: Key
 ) -> Tensor:
+    how, backend = arithmetic.accumulator, arithmetic.backend
     left, right = arithmetic.operands
-    function = plain_multiply
-    if arithmetic.sparse is not Sparse.NONE:
-        function = _sparse_rows if arithmetic.sparse is Sparse.A else _sparse_columns
+    if arithmetic.sparse is Sparse.NONE:
+        return _multiply(a, b, how, initial, key, backend, arithmetic.operands)
+    function = _sparse_rows if arithmetic.sparse is Sparse.A else _sparse_columns
     return function(
-        on_grid(a, left),
-        on_grid(b, right),
-        arithmetic.accumulator,
-        initial=initial,
-        key=key,
-        backend=arithmetic.backend,
+        on_grid(a, left), on_grid(b, right), how, initial=initial, key=key, backend=backend
     )
 
 
@@ -246,6 +255,24 @@ def plain_multiply(
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
     """`multiply` inside of a node."""
+    return _multiply(a, b, accumulator, initial, key, backend, None)
+
+
+def _multiply(
+    a: Tensor,
+    b: Tensor,
+    accumulator: Accumulator,
+    initial: Tensor | None,
+    key: Key,
+    backend: Backend,
+    operands: tuple[Format, Format] | None,
+) -> Tensor:
+    """`multiply` of operands that are to be rounded first; None where they are."""
+    choice = choose("matmul", a.device, backend, asked=accumulator, tensors=(a, b))
+    left = right = None
+    if operands is not None:
+        a, left = _prepared(choice, a, operands[0])
+        b, right = _prepared(choice, b, operands[1])
     a, b = a.detach().resolve_neg(), b.detach().resolve_neg()
     shape = (a.shape[0], b.shape[1])
     if not a.dim() == b.dim() == 2:
@@ -254,9 +281,19 @@ def plain_multiply(
         shape = (*batch, a.shape[-2], b.shape[-1])
     out = a.new_empty(shape, dtype=result_dtype(accumulator))
     start = out.new_zeros(()) if initial is None else initial.detach()
-    choice = choose("matmul", a.device, backend, asked=accumulator, tensors=(a, b))
-    choice.function(out, a, b, start.expand(shape), accumulator, key)
+    arguments = out, a, b, start.expand(shape), accumulator, key
+    if left is right is None:
+        choice.function(*arguments)
+    else:
+        native.matmul_into(*arguments, (left, right))
     return out
+
+
+def _prepared(choice: Choice, x: Tensor, format: Format) -> tuple[Tensor, Format | None]:
+    """The operand, rounded if the kernel does not, and what the kernel rounds it to."""
+    if not _is_on_grid(x, format) and _rounds_on_the_way(choice, x, format):
+        return x, format
+    return on_grid(x, format), None
 
 
 def _sparse_rows(
