@@ -9,18 +9,16 @@
 
 namespace halfstep {
 
-// Best first.
+// Best first. What the operating system does not save (XCR0) counts as not there.
 inline std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> found;
 #ifdef HALFSTEP_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-#ifdef HALFSTEP_AVX512  // see CMakeLists.txt
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     found.push_back(&avx512_kernels);
-#endif
   if (avx2) found.push_back(&avx2_kernels);
 #endif
   found.push_back(&portable_kernels);
