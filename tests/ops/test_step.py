@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import random
 
@@ -16,7 +17,9 @@ from halfstep.ops.step_reference import fused
 from halfstep.ops.stepping import _adam_numbers
 
 NATIVE_SETS = [] if native.MISSING else native._core.instruction_sets()
-BACKENDS = ["reference", *NATIVE_SETS]
+TRITON = ["triton"] if importlib.util.find_spec("triton") else []  # in its interpreter, or on a GPU
+KERNELS = [*NATIVE_SETS, *TRITON]
+BACKENDS = ["reference", *KERNELS]
 # Where torch multiplies and adds in one rounding; elsewhere the last bits are its own.
 FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 as_torch = pytest.mark.skipif(not FUSES, reason="torch's kernels here have no fused multiply-add")
@@ -24,8 +27,8 @@ SHAPES = [(1,), (7,), (0, 3), (5, 13), (2, 3, 4, 5), (), (1003,)]
 
 
 def on(backend: str, op, *args, **kwargs) -> list[int]:
-    if backend == "reference":
-        return op(*args, backend="reference", **kwargs)
+    if backend in ("reference", "triton"):
+        return op(*args, backend=backend, **kwargs)
     with native.instruction_set(backend):
         return op(*args, backend="native", **kwargs)
 
@@ -147,10 +150,10 @@ def test_sgd_has_torchs_bits(options, backend: str):
         assert same(buffers, [optimizer.state[p]["momentum_buffer"] for p in parameters])
 
 
-@pytest.mark.parametrize("backend", NATIVE_SETS)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("copy", [None, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gradient", [torch.float32, torch.float16, torch.bfloat16])
-def test_native_equals_reference_whatever_the_dtypes(backend, copy, gradient):
+def test_kernels_equal_reference_whatever_the_dtypes(backend, copy, gradient):
     options = {"decoupled": True, "weight_decay": 0.1}, {"maximize": True, "weight_decay": 0.1}
     for adam, scale in zip(options, (65536.0, 3.0), strict=True):
         results = []
@@ -179,7 +182,7 @@ def test_native_equals_reference_whatever_the_dtypes(backend, copy, gradient):
         assert same(*results)
 
 
-@pytest.mark.parametrize("backend", NATIVE_SETS)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("copy", [torch.float16, torch.bfloat16])
 def test_copies_are_torchs_casts_of_every_kind_of_number(backend, copy):
     patterns = torch.arange(0, 2**32, 655211, dtype=torch.int64).to(torch.int32).view(torch.float32)
@@ -224,7 +227,7 @@ def test_a_gradient_said_to_be_checked_is_not_looked_at(backend: str):
     assert w[0] == -torch.inf
 
 
-@pytest.mark.parametrize("backend", NATIVE_SETS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_any_layout(backend: str):
     """Alike in memory: as it lies. Not alike, with holes, negated, a subclass: the reference."""
 
@@ -252,7 +255,7 @@ def test_any_layout(backend: str):
     assert same(*results)
 
 
-@pytest.mark.parametrize("backend", NATIVE_SETS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_tensors_that_share_memory_are_stepped_one_after_another(backend: str):
     """Torch's own order; views of one storage that do not overlap are no such tensors."""
     results = []

@@ -16,7 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from halfstep.format import Accumulator, BlockFormat, Format, Rounding
-from halfstep.ops.triton_kernels import blocks, gradients, grid, products, rounding
+from halfstep.ops.triton_kernels import blocks, gradients, grid, products, rounding, steps
+from halfstep.ops.triton_step import _Rule
 import triton.language as tl
 
 def ptx(kernel, types, **constants):
@@ -28,7 +29,8 @@ def ptx(kernel, types, **constants):
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in given.get(n, "")},
     )
-    found = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32))
+    options = {"enable_fp_fusion": kernel not in (steps.adam_kernel, steps.sgd_kernel)}
+    found = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
     assert found.asm["cubin"]
     return found.asm["ptx"]
 
@@ -53,9 +55,20 @@ every.append(ptx(
 every.append(ptx(
     gradients.unscale_kernel, "*i64 *i64 *i64 *i64 *i64 fp32", number=tl.bfloat16, **tables
 ))
+rule = _Rule(scales=True, maximize=True, penalizes=True, decays=True, near=True,
+             has_momentum=True, fresh=False, nesterov=True)
+lists = "*i64 *i64 *i64 *i64 *i64 *i64"
+constants = dict(rule=rule, number=tl.float32, copy=tl.float16, to=grid.grid_of(fp16, nearest), **tables)
+stepping = [
+    ptx(steps.adam_kernel, lists + " *i64 *i64 *fp32 *fp32" + 8 * " fp32", **constants),
+    ptx(steps.sgd_kernel, lists + " *i64" + 5 * " fp32", **constants),
+]
+every += stepping
+each = 2048 // 128  # elements of a thread
+print("rounds once", [text.count("fma.rn.f32") // each for text in stepping], "sqrt.rn.f32" in stepping[0])
 print("four at once", "ld.global.v4" in flat and "st.global.v4" in flat)
 print("directed", all(f"fma.{way}.f32" in every[k] for way in ("rm", "rp") for k in (2, 3)))
-print("divides", "div.rn.f32" in every[-1])
+print("divides", "div.rn.f32" in every[-3])
 print("flushes", sum(".ftz" in text for text in every))
 print("float64", sum(bool(re.search(r"\\.f64", text)) for text in every))
 """
@@ -63,7 +76,8 @@ print("float64", sum(bool(re.search(r"\\.f64", text)) for text in every))
 
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
 def test_kernels_compile_without_a_gpu(capability: int):
-    """None flushes subnormal numbers, none needs float64, and sums use the directed FMAs."""
+    """None flushes subnormal numbers, none needs float64, and sums use the directed FMAs;
+    a step fuses what torch fuses, and nothing else."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     said = subprocess.run(
         [sys.executable, "-c", COMPILE, str(capability)],
@@ -74,6 +88,7 @@ def test_kernels_compile_without_a_gpu(capability: int):
     )
     assert said.returncode == 0, said.stderr
     assert said.stdout.splitlines() == [
+        "rounds once [3, 4] True",  # only the products that the step adds without rounding them
         "four at once True",
         "directed True",
         "divides True",

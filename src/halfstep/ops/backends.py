@@ -25,6 +25,7 @@ from halfstep.ops import (
     step_reference,
     summation,
     triton_kernels,
+    triton_step,
 )
 
 __all__ = ["TABLE", "Backend", "Choice", "Row", "choose", "explain"]
@@ -130,6 +131,19 @@ _UNSCALE_ON_GPU, _UNSCALE_INTERPRETED = _on_gpu(
     triton_kernels.unscale,
     triton_kernels.refuses_gradients,
     "dense float16 and bfloat16; the rest it passes to the reference",
+)
+
+_ADAM_ON_GPU, _ADAM_INTERPRETED = _on_gpu(
+    "adam_step",
+    triton_step.adam,
+    triton_step.refuses_step,
+    "weights, gradients, moments and copies that lie alike; the rest it passes to the reference",
+)
+_SGD_ON_GPU, _SGD_INTERPRETED = _on_gpu(
+    "sgd_step",
+    triton_step.sgd,
+    triton_step.refuses_step,
+    "weights, gradients, buffers and copies that lie alike; the rest it passes to the reference",
 )
 
 # In order of preference.
@@ -288,6 +302,7 @@ TABLE = (
         refuses=native_step.refuses_step,
         covers="weights, gradients, moments and copies that lie alike; the rest it passes to the reference",
     ),
+    _ADAM_ON_GPU,
     Row(
         op="adam_step",
         device="any",
@@ -296,6 +311,7 @@ TABLE = (
         refuses=_refuses_nothing,
         covers="every layout",
     ),
+    _ADAM_INTERPRETED,
     Row(
         op="sgd_step",
         device="cpu",
@@ -304,6 +320,7 @@ TABLE = (
         refuses=native_step.refuses_step,
         covers="weights, gradients, buffers and copies that lie alike; the rest it passes to the reference",
     ),
+    _SGD_ON_GPU,
     Row(
         op="sgd_step",
         device="any",
@@ -312,6 +329,7 @@ TABLE = (
         refuses=_refuses_nothing,
         covers="every layout",
     ),
+    _SGD_INTERPRETED,
 )
 
 

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-__all__ = ["PLAIN", "in_memory_order", "is_dense", "overlaps", "refuses_memory", "starts"]
+__all__ = [
+    "PLAIN",
+    "in_memory_order",
+    "is_dense",
+    "lie_alike",
+    "overlaps",
+    "refuses_memory",
+    "starts",
+]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """Types whose elements lie in memory as their strides say."""
@@ -59,3 +67,16 @@ def starts(x: Tensor) -> Tensor:
     for size, stride in zip(x.shape[:-2], x.stride()[:-2], strict=True):
         found = found[..., None] + torch.arange(size, device=x.device) * stride
     return found.flatten()
+
+
+def lie_alike(group: Sequence[Tensor]) -> bool:
+    """Whether element i of each tensor lies at place i of its memory."""
+    first = group[0]
+    for tensor in group:
+        if tensor.layout is not torch.strided or tensor.is_neg():
+            return False
+        if type(tensor) not in PLAIN or tensor.device != first.device:
+            return False
+    if all(tensor.is_contiguous() for tensor in group):
+        return True
+    return is_dense(first) and all(tensor.stride() == first.stride() for tensor in group)

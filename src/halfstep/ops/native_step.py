@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from halfstep.ops import step_reference
-from halfstep.ops.layout import PLAIN, is_dense
+from halfstep.ops.layout import lie_alike
 from halfstep.ops.native import CARRIERS, MISSING, core
+from halfstep.ops.step_reference import some, written
 
 if TYPE_CHECKING:
     from halfstep.ops.stepping import AdamNumbers, SgdNumbers
 
-__all__ = ["adam", "lie_alike", "refuses_step", "sgd", "touch"]
-
-T = TypeVar("T")
+__all__ = ["adam", "refuses_step", "sgd", "touch"]
 
 
 def refuses_step(asked: object, tensors: Sequence[Tensor]) -> str:
@@ -55,17 +54,15 @@ def adam(
         steps=[numbers.steps[i] for i in ours],
         threads=torch.get_num_threads(),
     )
-    _written(ours, weights, means, squares, copies)
+    written(ours, weights, means, squares, copies)
     if others:
         step_reference.adam(
-            _some(others, weights),
-            _some(others, gradients),
-            _some(others, means),
-            _some(others, squares),
-            _some(others, copies),
-            replace(
-                numbers, roots=_some(others, numbers.roots), steps=_some(others, numbers.steps)
-            ),
+            some(others, weights),
+            some(others, gradients),
+            some(others, means),
+            some(others, squares),
+            some(others, copies),
+            replace(numbers, roots=some(others, numbers.roots), steps=some(others, numbers.steps)),
         )
 
 
@@ -94,13 +91,13 @@ def sgd(
         **_arrays(ours, weights, gradients, means, copies),
         threads=torch.get_num_threads(),
     )
-    _written(ours, weights, means, copies)
+    written(ours, weights, means, copies)
     if others:
         step_reference.sgd(
-            _some(others, weights),
-            _some(others, gradients),
-            _some(others, means),
-            _some(others, copies),
+            some(others, weights),
+            some(others, gradients),
+            some(others, means),
+            some(others, copies),
             numbers,
         )
 
@@ -126,21 +123,22 @@ def touch(
         sizes=[w.numel() for w in weights],
         threads=torch.get_num_threads(),
     )
-    _written(ours, weights, means, squares, copies)
+    written(ours, weights, means, squares, copies)
 
 
 def _ours(
-    written: Sequence[Sequence[Tensor]], gradients: Sequence[Tensor]
+    states: Sequence[Sequence[Tensor]], gradients: Sequence[Tensor]
 ) -> tuple[list[int], list[int]]:
     """The places of tensors that the kernels take, and of the others.
 
     None are where some share memory: one after another, as torch does it, is not all at once.
     """
-    lists = [one for one in written if one]
+    lists = [one for one in states if one]
     ours: list[int] = []
     others: list[int] = []
     for index, group in enumerate(zip(*lists, gradients, strict=True)):
-        (ours if lie_alike(group) else others).append(index)
+        takes = all(t.device.type == "cpu" for t in group) and lie_alike(group)
+        (ours if takes else others).append(index)
     outputs = [one[i] for one in lists for i in ours]
     inputs = [gradients[i] for i in ours]
     apart = core().disjoint(
@@ -150,19 +148,6 @@ def _ours(
         [t.nbytes for t in inputs],
     )
     return (ours, others) if apart else ([], list(range(len(gradients))))
-
-
-def lie_alike(group: Sequence[Tensor]) -> bool:
-    """Whether all are on the CPU and element i of each lies at place i of its memory."""
-    first = group[0]
-    for tensor in group:
-        if tensor.layout is not torch.strided or tensor.is_neg():
-            return False
-        if type(tensor) not in PLAIN or tensor.device.type != "cpu":
-            return False
-    if all(tensor.is_contiguous() for tensor in group):
-        return True
-    return is_dense(first) and all(tensor.stride() == first.stride() for tensor in group)
 
 
 def _arrays(
@@ -185,13 +170,3 @@ def _arrays(
 
 def _addresses(ours: Sequence[int], tensors: Sequence[Tensor]) -> list[int]:
     return [tensors[i].data_ptr() for i in ours if tensors]
-
-
-def _some(places: Sequence[int], values: Sequence[T]) -> list[T]:
-    return [values[i] for i in places if values]
-
-
-def _written(ours: Sequence[int], *lists: Sequence[Tensor]) -> None:
-    written = [tensors[i] for tensors in lists if tensors for i in ours]
-    if written:
-        torch.autograd.graph.increment_version(written)

@@ -7,7 +7,7 @@ of operations it has. Where their vectors round a product and a sum once (`fused
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from halfstep.ops.stepping import AdamNumbers, SgdNumbers
 
-__all__ = ["adam", "fused", "sgd"]
+__all__ = ["adam", "fused", "sgd", "some", "written"]
+
+T = TypeVar("T")
 
 
 def adam(
@@ -99,3 +101,15 @@ def _root(x: Tensor) -> Tensor:
 
 def _wide(x: Tensor | float, like: Tensor) -> Tensor:
     return x.to(torch.float64) if isinstance(x, Tensor) else torch.full_like(like, x)
+
+
+def some(places: Sequence[int], values: Sequence[T]) -> list[T]:
+    """The values at the places; none where there are none at all."""
+    return [values[i] for i in places if values]
+
+
+def written(places: Sequence[int], *lists: Sequence[Tensor]) -> None:
+    """Tells autograd that the tensors at the places have new numbers."""
+    changed = [one[i] for one in lists if one for i in places]
+    if changed:
+        torch.autograd.graph.increment_version(changed)

@@ -15,7 +15,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from halfstep import ops
-from halfstep.ops import native, native_step
+from halfstep.ops import native
+from halfstep.ops.layout import lie_alike
 
 __all__ = ["step_in_one_pass"]
 
@@ -137,7 +138,8 @@ def _split(*lists: list[Tensor]) -> tuple[list[int], list[int]]:
     ours: list[int] = []
     others: list[int] = []
     for index, tensors in enumerate(zip(*lists, strict=True)):
-        fits = all(t.dtype == torch.float32 for t in tensors) and native_step.lie_alike(tensors)
+        on_cpu = tensors[0].device.type == "cpu"  # elsewhere torch's own fused kernels serve
+        fits = on_cpu and all(t.dtype == torch.float32 for t in tensors) and lie_alike(tensors)
         (ours if fits else others).append(index)
     return ours, others
 

@@ -42,7 +42,10 @@ from halfstep.ops.triton_kernels.grid import blocks_of, grid_of, sums_of
 from halfstep.ops.triton_kernels.tensor_table import PART, tabulate
 
 __all__ = [
+    "block_of",
     "count_nonfinite",
+    "kernels_of",
+    "launching",
     "matmul_into",
     "missing",
     "refuses_blocks",
@@ -103,9 +106,9 @@ def round_into(out: Tensor, x: Tensor, format: Format, rounding: Rounding, key: 
     rounded = target if direct else torch.empty_like(source, dtype=torch.float32)
     count = source.numel()
     if count:
-        block = _block(_BLOCK_INTERPRETED)
-        with _launching(source.device):
-            _kernels("rounding").round_kernel[(-(-count // block),)](
+        block = block_of(_BLOCK_INTERPRETED)
+        with launching(source.device):
+            kernels_of("rounding").round_kernel[(-(-count // block),)](
                 source,
                 rounded,
                 count,
@@ -179,8 +182,8 @@ def matmul_into(
     (m, depth), n = a.shape[-2:], b.shape[-1]
     rows, columns = _TILE_INTERPRETED if is_interpreted() else _TILE
     tiles = len(a_starts) * (-(-m // rows)) * (-(-n // columns))
-    with _launching(out.device):
-        _kernels("products").matmul_kernel[(tiles,)](
+    with launching(out.device):
+        kernels_of("products").matmul_kernel[(tiles,)](
             a,
             b,
             out,
@@ -226,9 +229,9 @@ def round_blocks_into(
     if source.numel():
         length, inner = source.shape[dim], math.prod(source.shape[dim + 1 :])
         count = source.numel() // length * -(-length // extent)
-        at_once = max(_block(_BLOCK_INTERPRETED) // extent, 1)
-        with _launching(source.device):
-            _kernels("blocks").round_blocks_kernel[(-(-count // at_once),)](
+        at_once = max(block_of(_BLOCK_INTERPRETED) // extent, 1)
+        with launching(source.device):
+            kernels_of("blocks").round_blocks_kernel[(-(-count // at_once),)](
                 source,
                 rounded,
                 count,
@@ -264,8 +267,8 @@ def count_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
         table = tabulate([tensors[i] for i in group])
         counts = torch.zeros(len(group), dtype=torch.int64, device=tensors[0].device)
         if table.programs:
-            kernels = _kernels("gradients")
-            with _launching(counts.device):
+            kernels = kernels_of("gradients")
+            with launching(counts.device):
                 kernels.count_kernel[(table.programs,)](
                     *table.columns,
                     counts,
@@ -273,7 +276,7 @@ def count_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
                     infinity=infinity,
                     aligned=table.aligned,
                     PART=PART,
-                    BLOCK=_block(PART),
+                    BLOCK=block_of(PART),
                 )
         found.append(counts)
         order += group
@@ -293,15 +296,15 @@ def unscale(tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
         wide |= {i: torch.empty_like(tensors[i], dtype=torch.float32) for i in group}
         table = tabulate([tensors[i] for i in group], [wide[i] for i in group])
         if table.programs:
-            kernels = _kernels("gradients")
-            with _launching(tensors[0].device):
+            kernels = kernels_of("gradients")
+            with launching(tensors[0].device):
                 kernels.unscale_kernel[(table.programs,)](
                     *table.columns,
                     scale,
                     number=getattr(kernels.tl, str(dtype).removeprefix("torch.")),
                     aligned=table.aligned,
                     PART=PART,
-                    BLOCK=_block(PART),
+                    BLOCK=block_of(PART),
                 )
     return [wide[i] for i in range(len(tensors))]
 
@@ -324,7 +327,8 @@ def _by_dtype(
     return ours, others
 
 
-def _block(size: int) -> int:
+def block_of(size: int) -> int:
+    """Elements of one program at a time; ``size`` in the interpreter."""
     return size if is_interpreted() else _BLOCK
 
 
@@ -341,15 +345,16 @@ def _refuses_device(tensors: Sequence[Tensor]) -> str:
 
 @cache
 def is_interpreted() -> bool:
-    return _kernels("rounding").INTERPRETED.value
+    return kernels_of("rounding").INTERPRETED.value
 
 
 @cache
-def _kernels(theme: str) -> Any:
+def kernels_of(theme: str) -> Any:
+    """The module of kernels of that name; imports Triton."""
     return importlib.import_module(f"halfstep.ops.triton_kernels.{theme}")
 
 
-def _launching(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def launching(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A launch goes to the current device; the interpreter, in numpy, warns of every infinity."""
     return torch.cuda.device(device) if device.type == "cuda" else np.errstate(all="ignore")
 

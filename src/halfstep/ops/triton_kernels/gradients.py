@@ -13,7 +13,7 @@ import triton.language as tl
 
 from halfstep.ops.triton_kernels.rounding import to_bits
 
-__all__ = ["count_kernel", "unscale_kernel"]
+__all__ = ["count_kernel", "pointer", "unscale_kernel"]
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def count_kernel(
     tensor = tl.load(which + tl.program_id(0))
     begin = tl.load(begins + tl.program_id(0))
     size = tl.load(sizes + tensor)
-    x_ptr = _pointer(addresses, tensor, word, aligned)
+    x_ptr = pointer(addresses, tensor, word, aligned)
     found = tl.zeros((BLOCK,), tl.int32)
     for _ in range(0, PART, BLOCK):
         inside = tl.arange(0, BLOCK)
@@ -60,8 +60,8 @@ def unscale_kernel(
     tensor = tl.load(which + tl.program_id(0))
     begin = tl.load(begins + tl.program_id(0))
     size = tl.load(sizes + tensor)
-    x_ptr = _pointer(addresses, tensor, number, aligned)
-    out_ptr = _pointer(outputs, tensor, tl.float32, aligned)
+    x_ptr = pointer(addresses, tensor, number, aligned)
+    out_ptr = pointer(outputs, tensor, tl.float32, aligned)
     for _ in range(0, PART, BLOCK):
         inside = tl.arange(0, BLOCK)
         mask = inside < size - begin
@@ -71,7 +71,8 @@ def unscale_kernel(
 
 
 @triton.jit
-def _pointer(addresses, tensor, number: tl.constexpr, aligned: tl.constexpr):
+def pointer(addresses, tensor, number: tl.constexpr, aligned: tl.constexpr):
+    """To the first element of a tensor of the table."""
     address = tl.load(addresses + tensor)
     if aligned:
         address = tl.multiple_of(address, 16)

@@ -15,8 +15,8 @@ import triton.language as tl
 
 from halfstep.ops.random_bits import STRIDE
 from halfstep.ops.summation import CHUNK, PRODUCT, SLOT_BITS, SUM
+from halfstep.ops.triton_kernels.fma import fma_down, fma_nearest, fma_up
 from halfstep.ops.triton_kernels.rounding import (
-    INTERPRETED,
     finish_bits,
     from_bits,
     round_bits,
@@ -112,9 +112,9 @@ def _added_product(total, x, y, h, index_high, key, sums: tl.constexpr):
 def _fma(x, y, z, random, grid: tl.constexpr, IS_SUM: tl.constexpr):
     """x * y + z, rounded once to the grid (stochastically: after float32)."""
     if grid.is_float32 or grid.rounding == "stochastic":
-        bits = to_bits(_nearest(x, y, z))
+        bits = to_bits(fma_nearest(x, y, z))
     else:
-        below, above = to_bits(_down(x, y, z)), to_bits(_up(x, y, z))
+        below, above = to_bits(fma_down(x, y, z)), to_bits(fma_up(x, y, z))
         # Where both are even it is exact, and they are the same but for x + (-x).
         if grid.rounding == "down" and IS_SUM:
             bits = tl.where((above & 1) != 0, above, below)
@@ -123,60 +123,3 @@ def _fma(x, y, z, random, grid: tl.constexpr, IS_SUM: tl.constexpr):
     if not grid.is_float32:
         bits = round_bits(bits, random, grid)
     return from_bits(bits, tl.float32)
-
-
-# The FMA of float32, in three roundings. CUDA's library, as Triton links it, flushes subnormal numbers
-# to zero (fma.rm.ftz): hence PTX. The interpreter has none that rounds once: there they are made of
-# float64's arithmetic.
-
-
-@triton.jit
-def _nearest(x, y, z):
-    if INTERPRETED:
-        return _to_odd(x, y, z).to(tl.float32)
-    return tl.inline_asm_elementwise(
-        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _up(x, y, z):
-    if INTERPRETED:
-        exact = _to_odd(x, y, z)
-        near = exact.to(tl.float32)
-        bits = near.to(tl.int32, bitcast=True)
-        next = tl.where(bits < 0, bits - 1, bits + 1)
-        bits = tl.where(near.to(tl.float64) < exact, next, bits)
-        return bits.to(tl.float32, bitcast=True)
-    return tl.inline_asm_elementwise(
-        "fma.rp.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _down(x, y, z):
-    if INTERPRETED:
-        exact = _to_odd(x, y, z)
-        near = exact.to(tl.float32)
-        bits = near.to(tl.int32, bitcast=True)
-        next = tl.where(bits < 0, bits + 1, bits - 1)
-        bits = tl.where(near.to(tl.float64) > exact, next, bits)
-        signs_differ = (to_bits(x) ^ to_bits(y) ^ to_bits(z)) < 0
-        bits = tl.where((exact == 0) & signs_differ, -0x80000000, bits)
-        return bits.to(tl.float32, bitcast=True)
-    return tl.inline_asm_elementwise(
-        "fma.rm.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _to_odd(x, y, z):
-    """x * y + z in float64, rounded to odd; see `halfstep.ops.summation`."""
-    product, z = x.to(tl.float64) * y.to(tl.float64), z.to(tl.float64)
-    total = product + z
-    part = total - product
-    error = (product - (total - part)) + (z - part)
-    bits = total.to(tl.int64, bitcast=True)
-    moves = (error != 0) & (tl.abs(error) < float("inf")) & ((bits & 1) == 0)
-    moved = tl.where((error > 0) == (total > 0), bits + 1, bits - 1)
-    return tl.where(moves, moved, bits).to(tl.float64, bitcast=True)

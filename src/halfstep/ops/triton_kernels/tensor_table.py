@@ -20,24 +20,24 @@ class TensorTable:
     """Columns of integers on the tensors' device."""
 
     columns: tuple[Tensor, ...]
-    """Address and size of each tensor; tensor and first element of each program; outputs."""
+    """Address and size of each tensor; tensor and first element of each program; the other lists."""
     programs: int
     aligned: bool
     """Whether every address is a multiple of 16."""
 
 
-def tabulate(tensors: Sequence[Tensor], outputs: Sequence[Tensor] = ()) -> TensorTable:
-    """The table of tensors that fill their memory, and of as many outputs alike; one copy."""
+def tabulate(tensors: Sequence[Tensor], *alike: Sequence[Tensor]) -> TensorTable:
+    """The table of tensors that fill their memory, and of lists of as many that lie alike; one copy."""
     addresses = np.array([t.data_ptr() for t in tensors], dtype=np.int64)
     sizes = np.array([t.numel() for t in tensors], dtype=np.int64)
-    targets = np.array([t.data_ptr() for t in outputs], dtype=np.int64)
+    others = [np.array([t.data_ptr() for t in one], dtype=np.int64) for one in alike]
     parts = -(-sizes // PART)
     which = np.repeat(np.arange(len(tensors)), parts)
     begins = (np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)) * PART
-    columns = [addresses, sizes, which, begins, *([targets] if outputs else [])]
+    columns = [addresses, sizes, which, begins, *others]
     table = torch.from_numpy(np.concatenate(columns)).to(tensors[0].device)
     return TensorTable(
         columns=table.split([len(column) for column in columns]),
         programs=len(which),
-        aligned=not (np.concatenate([addresses, targets]) % 16).any(),
+        aligned=not (np.concatenate([addresses, *others]) % 16).any(),
     )
