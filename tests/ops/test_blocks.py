@@ -417,3 +417,17 @@ def test_errors_say_what_is_allowed():
     ]:
         with pytest.raises(halfstep.errors.HalfstepError, match=text):
             call()
+
+
+@pytest.mark.parametrize(
+    "name", ["e4m3fn@tensor", "e5m2@tensor", "int8@tensor", "nvfp4", "nvfp4@16x16"]
+)
+@pytest.mark.parametrize("amax", [0.0, 1e-45, 1e-40, 3e-38, 0.1, 1.0, 447.9, 2688.0, 3.4e38])
+def test_one_scale_for_all_is_the_references(name: str, amax: float):
+    """The native kernels find it in Python's numbers."""
+    x = torch.linspace(-1.0, 1.0, 64).view(4, 16) * amax
+    native = halfstep.quantize_blocks(x, name, backend="native")
+    reference = halfstep.quantize_blocks(x, name, backend="reference")
+    assert torch.equal(native.tensor_scale, reference.tensor_scale)
+    assert torch.equal(native.scales.float(), reference.scales.float())
+    assert torch.equal(native.dequantize(), reference.dequantize())

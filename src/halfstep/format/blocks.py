@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import lru_cache
 from types import MappingProxyType
 
 from halfstep.errors import FormatError, UnknownNameError
@@ -217,6 +218,7 @@ def is_block_name(text: str) -> bool:
     return "@" in base or base in _CATALOGUE or base in _SYNONYMS
 
 
+@lru_cache(maxsize=1024)
 def _named(base: str) -> BlockFormat:
     base = _SYNONYMS.get(base, base)
     if base in _CATALOGUE:

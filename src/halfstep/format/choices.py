@@ -48,6 +48,8 @@ class Overflow(Enum):
     @classmethod
     def parse(cls, given: object) -> Overflow:
         """The overflow of that name; an `Overflow` is returned as it is."""
+        if isinstance(given, cls):
+            return given
         try:
             return cls(given)
         except ValueError:
@@ -65,6 +67,8 @@ class Subnormals(Enum):
     @classmethod
     def parse(cls, given: object) -> Subnormals:
         """The member of that name; a `Subnormals` is returned as it is."""
+        if isinstance(given, cls):
+            return given
         try:
             return cls(given)
         except ValueError:
@@ -98,6 +102,8 @@ class Rounding(Enum):
         >>> Rounding.parse("toward_zero")
         <Rounding.TOWARD_ZERO: 'toward_zero'>
         """
+        if isinstance(given, cls):
+            return given
         try:
             return cls(given)
         except ValueError:

@@ -44,6 +44,8 @@ class Backend(Enum):
     @classmethod
     def parse(cls, given: object) -> Backend:
         """The back end of that name; a `Backend` is returned as it is."""
+        if isinstance(given, cls):
+            return given
         try:
             return cls(given)
         except ValueError:
@@ -333,7 +335,16 @@ TABLE = (
 )
 
 
-_ROWS = {op: tuple(row for row in TABLE if row.op == op) for op in {row.op for row in TABLE}}
+def _first_choice(row: Row) -> Choice:
+    """That of a row before which nothing refused."""
+    reason = f"{row.backend.value} covers {row.covers}"
+    return Choice(function=row.function, backend=row.backend, reason=reason)
+
+
+_ROWS = {
+    op: tuple((row, _first_choice(row)) for row in TABLE if row.op == op)
+    for op in {row.op for row in TABLE}
+}
 
 
 def choose(
@@ -350,7 +361,7 @@ def choose(
     if the back end that is asked for cannot do it.
     """
     refusals: list[str] = []
-    for row in _ROWS.get(op, ()):
+    for row, first in _ROWS.get(op, ()):
         if backend is not Backend.AUTO and row.backend is not backend:
             continue
         if row.device not in (device.type, "any"):
@@ -358,8 +369,9 @@ def choose(
             continue
         refusal = row.refuses(asked, tensors)
         if not refusal:
-            reason = "; ".join(refusals) or f"{row.backend.value} covers {row.covers}"
-            return Choice(function=row.function, backend=row.backend, reason=reason)
+            if not refusals:
+                return first
+            return Choice(function=row.function, backend=row.backend, reason="; ".join(refusals))
         refusals.append(refusal)
         if refusal == native.MISSING and backend is Backend.AUTO:
             _warn_missing()

@@ -6,9 +6,10 @@ What the kernels have no layout for is passed on to the reference.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ __all__ = ["dequantize_into", "quantize", "refuses", "round_into"]
 
 _CHUNK = 2048  # elements along an axis that share a scale given beforehand
 _FP32 = Format.parse("fp32")
+_FLOAT32 = torch.finfo(torch.float32)
 _NARROW = {torch.float16: Format.parse("fp16"), torch.bfloat16: Format.parse("bf16")}
 
 
@@ -153,12 +155,44 @@ def _look(x: Tensor, format: BlockFormat, layout: Any, dim: int) -> _Beforehand:
         tops=tops.data_ptr(),
         threads=torch.get_num_threads(),
     )
-    amax = torch.tensor(top, dtype=torch.int32).view(torch.float32)
+    amax: float = struct.unpack("f", struct.pack("i", top))[0]
     if format.rows == 0:
-        return _Beforehand(given=float(reference.scales_of(amax, torch.ones(()), format)))
-    if not amax.isfinite():  # what is not finite spoils its own block only
-        amax = tops.view(torch.float32) if keeps else reference.amax_of(x.float(), format, dim)
-    return _Beforehand(tensor_scale=reference.tensor_scale_of(amax, format), tops=tops)
+        return _Beforehand(given=_scale_of(amax, format))
+    if math.isfinite(amax):
+        return _Beforehand(tensor_scale=torch.tensor(_tensor_scale_of(amax, format)), tops=tops)
+    # what is not finite spoils its own block only
+    all = tops.view(torch.float32) if keeps else reference.amax_of(x.float(), format, dim)
+    return _Beforehand(tensor_scale=reference.tensor_scale_of(all, format), tops=tops)
+
+
+# Single numbers, in Python's: a division of two float32 in float64, rounded to float32, is float32's.
+
+
+def _scale_of(amax: float, format: BlockFormat) -> float:
+    """`reference.scales_of` of one block, without a tensor scale."""
+    if format.rule is not ScaleRule.AMAX or format.scale.bits < 32:
+        return float(reference.scales_of(torch.tensor(amax), torch.ones(()), format))
+    if not math.isfinite(amax):
+        return math.nan
+    most, least, top, _ = _limits(format)
+    return max(_float32(amax / most), least) if amax / most < top else top
+
+
+def _tensor_scale_of(amax: float, format: BlockFormat) -> float:
+    """`reference.tensor_scale_of` where the largest of all amax is finite."""
+    *_, largest = _limits(format)
+    return max(_float32(min(amax / largest, _FLOAT32.max)), _FLOAT32.smallest_normal)
+
+
+@cache
+def _limits(format: BlockFormat) -> tuple[float, float, float, float]:
+    """The largest element, the smallest and the largest scale, the largest element at the latter."""
+    most, largest = torch.tensor([format.element.max, format.largest]).tolist()
+    return most, format.smallest_scale, format.scale.max, largest
+
+
+def _float32(number: float) -> float:
+    return struct.unpack("f", struct.pack("f", number))[0]
 
 
 def _run(
@@ -190,6 +224,7 @@ def _run(
     )
 
 
+@lru_cache(maxsize=1024)
 def _layout(shape: torch.Size, format: BlockFormat, dim: int, *, packs: bool) -> Any:
     """Where the blocks of a contiguous tensor are; None where the kernels have no words for it.
 

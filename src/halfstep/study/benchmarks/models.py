@@ -36,6 +36,10 @@ class Workload:
             targets=self.targets.to(device),
         )
 
+    def with_model(self, model: nn.Module) -> Workload:
+        """The same batch and loss, for another model."""
+        return dataclasses.replace(self, model=model)
+
     def loss(self, outputs: Tensor) -> Tensor:
         """Cross-entropy of scores (..., classes) against the targets (...)."""
         return F.cross_entropy(outputs.flatten(0, -2), self.targets.flatten())

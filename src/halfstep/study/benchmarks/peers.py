@@ -19,7 +19,7 @@ from torch import Tensor
 
 from halfstep.ops import quantize_blocks, round_to
 
-__all__ = ["BLOCKS", "ROUNDERS", "Peer", "present"]
+__all__ = ["BLOCKS", "ROUNDERS", "Peer", "present", "quiet"]
 
 Call = Callable[[], Any]
 
@@ -44,7 +44,7 @@ def present(peer: Peer, x: Tensor) -> Call | None:
     """
     try:
         importlib.metadata.version(peer.package)
-        with _quiet():
+        with quiet():
             call = peer.theirs(x)
             call()
     except (importlib.metadata.PackageNotFoundError, ImportError, OSError, RuntimeError):
@@ -53,7 +53,8 @@ def present(peer: Peer, x: Tensor) -> Call | None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """A context in which what a package says while it loads is kept from the table."""
     said = io.StringIO()
     logging.disable(logging.WARNING)
     try:

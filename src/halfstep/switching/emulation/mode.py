@@ -93,7 +93,7 @@ class EmulationMode(TorchDispatchMode):
         if self._identity or self.is_paused():
             return func(*args, **kwargs)
         if kind is Treatment.VIEW:
-            return self._view(func, args, kwargs)
+            return self._view(it, args, kwargs)
         if kind is Treatment.FREE:
             return func(*args, **kwargs)
         node = torch._C._current_autograd_node()
@@ -126,18 +126,19 @@ class EmulationMode(TorchDispatchMode):
         """The marks of a gradient outside of the backward."""
         return GRADIENT | (WIDE if self.stores_all else 0)
 
-    def _view(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _view(self, it: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         t = args[0] if args else None
         if isinstance(t, Tensor) and t.dtype in CARRIERS and t.layout is torch.strided:
-            if isinstance(t, nn.Parameter):
-                self.met(t, self.marks.of(t))
-            if not self.stores_all:
-                self.remember(t, self.marks.of(t))
-            if func is _DETACH and self.masters_wide:
+            marks = self.marks.of(t)
+            if not marks & ROLES and isinstance(t, nn.Parameter):
+                marks = self.met(t, marks)
+            if not self.stores_all and t.requires_grad:
+                self.remember(t, marks)
+            if it.op is _DETACH and self.masters_wide:
                 node = torch._C._current_autograd_node()
                 if node is not None and node.name() == _ACCUMULATE:
                     self.marks.set(t, self.leaf_marks)  # what p.grad becomes
-        return func(*args, **kwargs)
+        return it.run(*args, **kwargs)
 
     def met(self, weight: Tensor, marks: int) -> int:
         """The marks of a parameter; one that the recipe does not keep in FP32 is rounded where it is met."""
@@ -208,8 +209,29 @@ class EmulationMode(TorchDispatchMode):
 
     # -- kinds --------------------------------------------------------------------------------------
 
+    def _matrix_product(
+        self, call: Call, a: Tensor, b: Tensor, rounded: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The commonest products, without what the others need: see `_dot`."""
+        a = a if call.marks_of(a) & LOW else rounded(a)
+        b = b if call.marks_of(b) & LOW else rounded(b)
+        made = wide_product(a, b, self.accumulate)
+        if len(call.args) == 3:
+            made.add_(call.rounded(call.args[0]))
+        made = rounded(made)
+        self.marks.set(made, call.role | LOW)
+        return made
+
     def _dot(self, call: Call, summed: tuple[int, ...] = ()) -> Any:
         numbers, it = self.numbers, call.it
+        if (
+            numbers.read is not None
+            and it.name in ("mm", "addmm")
+            and call.scale == 1.0
+            and not (call.kwargs or call.has_double)
+            and (it.name == "mm" or call.args[0].dim() == 1)
+        ):
+            return self._matrix_product(call, *call.args[-2:], numbers.read)
         wanted = torch.float64 if call.has_double else torch.float32
         gradients = 0
         dims = iter(summed or it.summed)
@@ -234,9 +256,6 @@ class EmulationMode(TorchDispatchMode):
             return self._convolution_backward(call)
         # A narrow accumulator sums what the scaled program has; to an FP32 one a scale is all the same.
         scaled = call.scale != 1.0 and self.accumulate is not FP32_SUMS
-        if it.name == "mm" and call.scale == 1.0:  # the commonest, without what the others need
-            made = wide_product(operand(call.args[0]), operand(call.args[1]), self.accumulate)
-            return call.results(made, wanted=wanted)
         args, kwargs = call.mapped(operand)
         if it.name.startswith(("add", "baddbmm")):  # what is added to is no operand: a bias
             bias = to(call.rounded(call.args[0]), torch.float32)

@@ -85,7 +85,7 @@ class Numbers:
     ``dtype`` is torch's dtype of the store format, or FP32 where torch has none.
     """
 
-    __slots__ = ("_operands", "_reads", "_store", "dtype", "identity", "recipe", "store")
+    __slots__ = ("_operands", "_reads", "_store", "dtype", "identity", "read", "recipe", "store")
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -96,6 +96,9 @@ class Numbers:
         self._store = _rounder(self.store, self.dtype)
         # role -> how a dot product reads it; None where blocks or random bits are to be decided a call
         self._reads = {mark: self._reader(role) for mark, role in _ROLES.items()}
+        same = not self.identity and all(read == self.stored for read in self._reads.values())
+        self.read = self._store if same else None
+        """Rounds to the store format, where operands of every role are read in it; else None."""
 
     def _reader(self, role: Role) -> Callable[[Tensor, float], Tensor] | None:
         format = self._operands.format(role)

@@ -1,0 +1,97 @@
+"""What one operation costs beside its arithmetic: tensors of 4x4, in microseconds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import halfstep
+from halfstep.ops import round_blocks
+from halfstep.study.benchmarks.harness import Ratio, Row, Sense, Target
+
+__all__ = ["rows"]
+
+_CALLS = 200
+_RECIPES = ("fp16", "fp16-naive")
+_EMULATED = 30.0
+"""Microseconds that an operation may take beyond plain torch's."""
+
+Call = Callable[[], object]
+
+
+def rows(*, rounds: int) -> Iterator[Row]:
+    """Operations of an emulated program beyond plain torch's, then halfstep's own operations."""
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 4), torch.randn(4, 4)
+    calls = _operations(x, y)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        plain = {name: _microseconds(call, rounds) for name, call in calls.items()}
+        for recipe in _RECIPES:
+            for name, call in calls.items():
+                with halfstep.emulate(recipe):
+                    taken = _microseconds(call, rounds)
+                beyond = [a - statistics.median(plain[name]) for a in taken]
+                yield _row(
+                    f"4x4 {name}, {recipe} emulated",
+                    "microseconds beyond plain torch",
+                    beyond,
+                    _EMULATED,
+                )
+        for name, (call, bound) in _own(x, y).items():
+            yield _row(f"4x4 {name}", "microseconds", _microseconds(call, rounds), bound)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _operations(x: Tensor, y: Tensor) -> Mapping[str, Call]:
+    weight, bias = torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(4))
+    return {
+        "add": lambda: x + y,
+        "relu": lambda: torch.relu(x),
+        "sum": lambda: x.sum(1),
+        "softmax": lambda: torch.softmax(x, -1),
+        "mm": lambda: x @ y,
+        "linear": lambda: F.linear(x, weight, bias),
+    }
+
+
+def _own(x: Tensor, y: Tensor) -> Mapping[str, tuple[Call, float]]:
+    """Call and most microseconds."""
+    return {
+        "round_to fp16": (lambda: halfstep.round_to(x, "fp16"), 15.0),
+        "round_blocks mxfp8_e4m3": (lambda: round_blocks(x, "mxfp8_e4m3"), 30.0),
+        "quantize_blocks mxfp8_e4m3": (lambda: halfstep.quantize_blocks(x, "mxfp8_e4m3"), 60.0),
+        "matmul fp16 in fp16": (lambda: halfstep.matmul(x, y), 60.0),
+    }
+
+
+def _microseconds(call: Call, rounds: int) -> list[float]:
+    """Of one call, in each round, each the best of three runs, in CPU time: others share the machine."""
+    call()
+    return [min(_run(call) for _ in range(3)) for _ in range(rounds)]
+
+
+def _run(call: Call) -> float:
+    start = time.thread_time()
+    for _ in range(_CALLS):
+        call()
+    return (time.thread_time() - start) / _CALLS * 1e6
+
+
+def _row(case: str, against: str, figures: list[float], bound: float) -> Row:
+    low, median, high = (
+        statistics.quantiles(figures, n=4, method="inclusive") if len(figures) > 1 else figures * 3
+    )
+    return Row(
+        case=case,
+        against=against,
+        figure=Ratio(median=median, low=low, high=high, rounds=len(figures)),
+        target=Target(sense=Sense.AT_MOST, bound=bound),
+    )
