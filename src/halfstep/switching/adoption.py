@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from halfstep.errors import SwitchError
 from halfstep.recipe import Recipe
+from halfstep.switching import graphs
 from halfstep.switching.module_hooks import Forward
 from halfstep.switching.ranks import is_fully_sharded
 from halfstep.switching.region import LazyParameters, current, keeps_fp32
@@ -36,25 +36,49 @@ class Runner(Protocol):
         ...
 
 
+_set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class _Call:
     """Stands at a module's ``_call_impl``: opens a region where none is open. A copied module has none."""
 
-    __slots__ = ("compiled", "inner", "module", "owners", "recurrent")
+    __slots__ = ("compiled", "inner", "insides", "module", "owners", "recurrent")
+    # By this and `__code__` torch.compile takes it for a module's call.
+    __name__ = "_call_impl"
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.inner = type(module)._call_impl.__get__(module)
         # What model.compile() made before the switch: it would go past this call.
         self.compiled = module.__dict__.pop("_compiled_call_impl", None)
+        if self.compiled is not None:
+            ours = graphs.with_their_options(self.compiled, self)
+            if ours is not None:
+                module.__dict__["_compiled_call_impl"] = ours
+        self.insides: dict[int, graphs.Inside] = {}
         self.owners: list[Runner] = []
         self.recurrent = isinstance(module, nn.RNNBase)
 
+    @graphs.skipped
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self._with_flat_weights if self.recurrent else self.inner
-        region = current()
-        if region is not None and not region.loose:
-            return call(*args, **kwargs)
-        return _runner()(self, call, args, kwargs)
+        theirs = _set_eval_frame(None)  # at once: a compiler at work looks at each function that is called
+        try:
+            call = self._with_flat_weights if self.recurrent else self.inner
+            region = current()
+            if not self.owners or (theirs is None and region is not None and not region.loose):
+                _set_eval_frame(theirs)
+                return call(*args, **kwargs)
+            before = graphs.enter(theirs if callable(theirs) else None)
+            try:
+                if region is not None and not region.loose:
+                    return graphs.call(region, self.module, call, args, kwargs)
+                return self.owners[0].run(self.module, call, args, kwargs)
+            finally:
+                graphs.enter(before)
+        finally:
+            _set_eval_frame(theirs)
+
+    __code__ = __call__.__code__
 
     def _with_flat_weights(self, *args: Any, **kwargs: Any) -> Any:
         """Recurrent layers keep a list of weights beside ``_parameters``: working copies go there too."""
@@ -70,28 +94,6 @@ class _Call:
     def __reduce__(self) -> Any:
         # What a copied or unpickled module gets: its own class's method. The file names no halfstep.
         return getattr, (self.module, "_call_impl")
-
-
-def _run(of: _Call, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A region of its own. A graph of torch.compile ends before and goes on after it.
-
-    What happens in it depends on the region: on its recipe, its loss scale, its working copies. A graph that
-    was traced in one would be run in another.
-    """
-    return of.owners[0].run(of.module, call, args, kwargs)
-
-
-# `_run` as torch.compile leaves it alone; made when that is in use, since it takes a second to import.
-_disabled: list[Callable[..., Any]] = []
-
-
-def _runner() -> Callable[..., Any]:
-    if "torch._dynamo" not in sys.modules:
-        return _run
-    if not _disabled:
-        reason = "a region of halfstep is opened and run eagerly"
-        _disabled.append(torch.compiler.disable(_run, reason=reason))
-    return _disabled[0]
 
 
 def _lowered_flat_weights(module: Any) -> dict[str, Any]:

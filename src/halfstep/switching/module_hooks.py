@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import BackwardHook
 
+from halfstep.switching import graphs
 from halfstep.switching.boundary import Gate, scaled, unscaled
 from halfstep.switching.region import current
 
@@ -124,8 +125,10 @@ class Forward:
         """Forward, and what is to be done with its output before the hooks see it."""
         # Taken at once: a forward that calls itself is inside the second time.
         leave = getattr(_local, "waiting", {}).pop(id(self.module), None)
-        out = self.inner(*args, **kwargs)
-        return out if leave is None else leave(out)
+        region = current()
+        if leave is None or region is None:
+            return self.inner(*args, **kwargs)
+        return leave(graphs.call(region, self.module, self.inner, args, kwargs))
 
     def remove(self) -> None:
         """Leave the module's ``forward`` as it was."""

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from halfstep.errors import OperandError, SwitchError
 from halfstep.recipe import Recipe, ScalingKind
-from halfstep.switching import engine, hooks, overrides, unlisted
+from halfstep.switching import engine, graphs, hooks, overrides, unlisted
 from halfstep.switching.admission import device_of, optimizers_in, uncompiled
 from halfstep.switching.adoption import Shape, adopt, check_not_switched, release, working_dtypes
 from halfstep.switching.audit import Audited
@@ -360,7 +360,7 @@ class Switch(Checkpointed, Audited):
 
             if has_hooks_after_forward(module):
                 return call_leaving(module, lambda: call(*args, **kwargs), leave)
-            return leave(call(*args, **kwargs))
+            return leave(graphs.call(region, module, call, args, kwargs))
 
     def new_region(self, module: nn.Module) -> Region:
         """One for a call of ``module``, not open yet."""
