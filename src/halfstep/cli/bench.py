@@ -65,6 +65,31 @@ def bench_switch(
     _print_table("switch", measured, this_machine(device, Clock(clock)), save, as_json)
 
 
+@group.command("compile")
+def bench_compile(
+    device: Device = "cpu",
+    rounds: Rounds = 15,
+    clock: ClockName = "wall",
+    save: SaveTo = None,
+    as_json: AsJson = False,
+) -> None:
+    """Training steps under torch.compile: FP32 and switched, eager and compiled, in one run.
+
+    Leaves with status 1 if a target is missed. Needs a C++ compiler, as torch.compile does.
+
+    Example: halfstep bench compile --rounds 5
+    """
+    import torch
+
+    from halfstep.study.benchmarks.compiled import rows
+    from halfstep.study.benchmarks.harness import Clock, this_machine
+
+    if clock == "cpu":
+        torch.set_num_threads(1)  # threads that wait for each other would count as work
+    measured = rows(device=device, rounds=rounds, clock=Clock(clock))
+    _print_table("compile", measured, this_machine(device, Clock(clock)), save, as_json)
+
+
 @group.command("emulate")
 def bench_emulate(
     device: Device = "cpu",

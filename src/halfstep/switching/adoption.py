@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
+import functools
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from halfstep.switching import graphs
 from halfstep.switching.module_hooks import Forward
 from halfstep.switching.ranks import is_fully_sharded
 from halfstep.switching.region import LazyParameters, current, keeps_fp32
+from halfstep.switching.tracing import skipped
 
 __all__ = ["Runner", "Shape", "adopt", "check_not_switched", "release", "working_dtypes"]
 
@@ -39,10 +41,16 @@ class Runner(Protocol):
 _set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame  # pyright: ignore[reportAttributeAccessIssue]
 
 
+_BORDER = (
+    "the border of a region of halfstep; its inside is compiled apart. With fullgraph=True, compile the "
+    "module itself, in place: module.compile(fullgraph=True)"
+)
+
+
 class _Call:
     """Stands at a module's ``_call_impl``: opens a region where none is open. A copied module has none."""
 
-    __slots__ = ("compiled", "inner", "insides", "module", "owners", "recurrent")
+    __slots__ = ("compiled", "inner", "insides", "lock", "module", "owners", "recurrent")
     # By this and `__code__` torch.compile takes it for a module's call.
     __name__ = "_call_impl"
 
@@ -56,12 +64,14 @@ class _Call:
             if ours is not None:
                 module.__dict__["_compiled_call_impl"] = ours
         self.insides: dict[int, graphs.Inside] = {}
+        self.lock = threading.RLock()
         self.owners: list[Runner] = []
         self.recurrent = isinstance(module, nn.RNNBase)
 
-    @graphs.skipped
+    @functools.partial(skipped, why=_BORDER)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        theirs = _set_eval_frame(None)  # at once: a compiler at work looks at each function that is called
+        # At once: a compiler at work looks at each function that is called.
+        theirs = _set_eval_frame(None)
         try:
             call = self._with_flat_weights if self.recurrent else self.inner
             region = current()
@@ -72,6 +82,9 @@ class _Call:
             try:
                 if region is not None and not region.loose:
                     return graphs.call(region, self.module, call, args, kwargs)
+                if self.insides:  # what another thread runs compiled is laid bare meanwhile
+                    with self.lock:
+                        return self.owners[0].run(self.module, call, args, kwargs)
                 return self.owners[0].run(self.module, call, args, kwargs)
             finally:
                 graphs.enter(before)
@@ -83,7 +96,7 @@ class _Call:
     def _with_flat_weights(self, *args: Any, **kwargs: Any) -> Any:
         """Recurrent layers keep a list of weights beside ``_parameters``: working copies go there too."""
         state = self.module.__dict__
-        copies = _lowered_flat_weights(self.module)
+        copies = graphs.flat_weights(self.module)
         kept = {name: state[name] for name in copies if name in state}
         state.update(copies)
         try:
@@ -94,13 +107,6 @@ class _Call:
     def __reduce__(self) -> Any:
         # What a copied or unpickled module gets: its own class's method. The file names no halfstep.
         return getattr, (self.module, "_call_impl")
-
-
-def _lowered_flat_weights(module: Any) -> dict[str, Any]:
-    """Recurrent layers keep a list of weights beside ``_parameters``: working copies go there too."""
-    copies = [getattr(module, name, None) for name in module._flat_weights_names]
-    refs = [None if c is None else weakref.ref(c) for c in copies]
-    return {"_flat_weights": copies, "_flat_weight_refs": refs}
 
 
 def adopt(root: nn.Module, runner: Runner) -> list[nn.Module]:

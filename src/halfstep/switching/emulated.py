@@ -8,6 +8,7 @@ out. That is rule 1 for all three products of a layer, with no backward written 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ from halfstep.switching.products import (
     rows,
     wide_rows,
 )
+from halfstep.switching.tracing import is_tracing
 
 __all__ = ["Carriers", "Emulator", "attention", "dot"]
 
@@ -100,11 +102,18 @@ class Carriers:
             return t
         low = t.to(self._emulator.low)
         carrier = low.to(torch.float32)
+        if is_tracing():
+            return carrier
         self._lows[carrier.untyped_storage().data_ptr()] = low.detach()
         return carrier
 
     def kept_low(self) -> Any:
-        """A context in which the graph keeps originals for carriers, and views of them."""
+        """A context in which the graph keeps originals for carriers, and views of them.
+
+        A graph of torch.compile chooses itself what it keeps.
+        """
+        if is_tracing():
+            return contextlib.nullcontext()
         lows = self._lows
 
         def pack(t: Tensor) -> Any:

@@ -1,24 +1,26 @@
 """``torch.compile`` inside a region: a switched model's forward in graphs of its own, the policy in them.
 
-The border stays outside of every graph: working copies are made, inputs and outputs pass the boundary, and the
-loss scale is multiplied in, eagerly. What lies between is compiled by whatever compiles around it::
+The border stays outside of every graph: working copies are made, inputs and outputs pass the boundary, and
+the loss scale is multiplied in, eagerly. What lies between is compiled by whatever compiles around it::
 
     theirs = the compiler at work on this thread        its backend, mode, dynamic shapes, fullgraph
     the region is opened with no compiler at work
-    modules are laid bare: plain dicts of working copies in place of LazyParameters, torch's own call
+    modules are laid bare: plain dicts of working copies for LazyParameters, torch's own call
     theirs, with a backend of ours around its own, compiles and runs forward
     modules are as they were; the region is left
 
-Casts are made by the kernels at the Autocast key (`overrides`). They run while a graph is made, and leave casts
-in it. torch's guards know nothing of a recipe, so the backend around theirs is an object of one root of one
-switch: torch compares it before it takes a graph.
+Casts are made by the kernels at the Autocast key (`overrides`). They run while a graph is made, and leave
+casts in it. torch's guards know nothing of a recipe, so the backend around theirs is an object of one module
+in one switch: torch compares it before it takes a graph.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,50 +28,27 @@ import torch
 from torch import nn
 
 from halfstep.errors import SwitchError
+from halfstep.switching.ranks import is_sharded
 from halfstep.switching.region import LazyParameters, Region
+from halfstep.switching.tracing import tracing
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
-__all__ = ["Compiler", "Inside", "call", "enter", "is_making", "skipped", "with_their_options"]
+__all__ = ["Compiler", "Inside", "call", "enter", "flat_weights", "with_their_options"]
 
 Compiler = Callable[..., Any]
+_PART = re.compile(r"\._(?:modules|parameters)\['([^']*)'\]")
 _eval_frame: Any = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
 _set_eval_frame: Callable[[Any], Any] = _eval_frame.set_eval_frame
 
 
 class _Local(threading.local):
     pending: Compiler | None = None
-    making = False
     bare: _Bare | None = None
 
 
 _local = _Local()
-
-
-def is_making() -> bool:
-    """True while a graph of a region is made on this thread: its tensors have no numbers and no address."""
-    return _local.making
-
-
-# -- coming in from what torch.compile runs ------------------------------------------------------------
-
-
-def skipped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, itself in no graph; the compiler stays at work for what it calls.
-
-    As ``torch._dynamo.skip``, without taking torch's compiler in: that takes over a second.
-    """
-    skip = _eval_frame._FrameExecStrategy(
-        _eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.DEFAULT
-    )
-    _eval_frame.set_code_exec_strategy(function.__code__, skip)
-    # what the compiler looks for where it meets a call of it
-    function._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
-    function._torchdynamo_disable_msg = (  # pyright: ignore[reportFunctionMemberAccess]
-        "the border of a region of halfstep; what is inside of it is a graph of its own"
-    )
-    return function
 
 
 def enter(compiler: Compiler | None) -> Compiler | None:
@@ -120,7 +99,7 @@ def _inside(region: Region, module: nn.Module) -> Inside:
 class Inside:
     """What is between the borders of one module in the regions of one switch, and how it is compiled."""
 
-    __slots__ = ("_compilers", "_lock", "_module", "_plan", "_run", "why_eager")
+    __slots__ = ("_compilers", "_module", "_plan", "_run", "why_eager")
 
     def __init__(self, module: nn.Module, region: Region) -> None:
         self._module = module
@@ -130,8 +109,9 @@ class Inside:
         self._compilers: dict[int, _Ours] = {}
         # torch keeps its graphs with the code of a function: one that no other module shares.
         self._run = types.FunctionType(_run.__code__.replace(co_name="inside"), globals())
-        self._lock = threading.RLock()
-        if region.roled is not None:
+        if any(is_sharded(p) for p in module.parameters()):
+            self.fall_back("its parameters are sharded over processes (DTensor)")
+        elif region.roled is not None:
             self.fall_back(
                 f"recipe {region.plan.recipe} rounds operands by their role, and while a graph is made a "
                 "weight is not told from an activation"
@@ -151,16 +131,15 @@ class Inside:
         ours = self._compilers.get(id(theirs))
         if ours is None:
             ours = self._compilers[id(theirs)] = _Ours(theirs, self)
-        with self._lock:
-            bare = _Bare(self._module, region)
-            before, _local.bare = _local.bare, bare
-            _set_eval_frame(ours)
-            try:
-                return self._run(function, args, kwargs)
-            finally:
-                _set_eval_frame(None)
-                _local.bare = before
-                bare.dress()
+        bare = _Bare(self._module, region)
+        before, _local.bare = _local.bare, bare
+        _set_eval_frame(ours)
+        try:
+            return self._run(function, args, kwargs)
+        finally:
+            _set_eval_frame(None)
+            _local.bare = before
+            bare.dress()
 
     def fall_back(self, why: str) -> None:
         """Run the rest of this call, and all others, eagerly; say so once."""
@@ -186,34 +165,53 @@ class _Bare:
     __slots__ = ("_kept",)
 
     def __init__(self, root: nn.Module, region: Region) -> None:
-        # (a module's attributes, its LazyParameters, the copies put there, its call)
-        self._kept: list[tuple[dict[str, Any], LazyParameters, dict[str, Any], Any]] = []
-        with torch.enable_grad():  # under no_grad too: forward may enable it again
-            for module in root.modules():
-                state = module.__dict__
-                lazy = state["_parameters"]
-                if not isinstance(lazy, LazyParameters):
-                    continue
-                copies = {
-                    key: None if master is None else region.lower(master, lazy, key)
-                    for key, master in lazy.items()
-                }
-                self._kept.append((state, lazy, copies, state.pop("_call_impl", None)))
-                state["_parameters"] = dict(copies)
+        # (a module's attributes, its LazyParameters, the copies put there, what else was there before)
+        self._kept: list[tuple[dict[str, Any], LazyParameters, dict[str, Any], dict[str, Any]]] = []
+        try:
+            with torch.enable_grad():  # under no_grad too: forward may enable it again
+                for module in root.modules():
+                    if isinstance(module.__dict__["_parameters"], LazyParameters):
+                        self._undress(module, region, is_root=module is root)
+        except BaseException:
+            self.dress()
+            raise
+
+    def _undress(self, module: nn.Module, region: Region, *, is_root: bool) -> None:
+        state = module.__dict__
+        lazy: LazyParameters = state["_parameters"]
+        copies = {
+            key: None if master is None else region.lower(master, lazy, key)
+            for key, master in lazy.items()
+        }
+        kept: dict[str, Any] = {}
+        self._kept.append((state, lazy, copies, kept))
+        state["_parameters"] = dict(copies)
+        if not is_root and "_call_impl" in state:  # the root's is where other threads wait
+            kept["_call_impl"] = state.pop("_call_impl")
+        if isinstance(module, nn.RNNBase):
+            flat = flat_weights(module)
+            kept |= {name: state[name] for name in flat if name in state}
+            state.update(flat)
 
     def dress(self) -> None:
         """Put back what was there; parameters that forward set, replaced or deleted are so for good."""
         while self._kept:
-            state, lazy, copies, call = self._kept.pop()
+            state, lazy, copies, kept = self._kept.pop()
             now = state["_parameters"]
             state["_parameters"] = lazy
-            if call is not None:
-                state["_call_impl"] = call
+            state.update(kept)
             for key in copies.keys() - now.keys():
                 del lazy[key]
             for key, value in now.items():
-                if value is not copies.get(key):
+                if key not in copies or value is not copies[key]:
                     lazy[key] = value
+
+
+def flat_weights(module: Any) -> dict[str, Any]:
+    """Recurrent layers keep a list of weights beside ``_parameters``: working copies go there too."""
+    copies = [getattr(module, name, None) for name in module._flat_weights_names]
+    refs = [None if c is None else weakref.ref(c) for c in copies]
+    return {"_flat_weights": copies, "_flat_weight_refs": refs}
 
 
 class _Ours:
@@ -231,14 +229,19 @@ class _Ours:
         self._torchdynamo_orig_backend = self._convert
 
     def __call__(self, *frame: Any) -> Any:
-        _local.making = True
-        try:
-            with warnings.catch_warnings():
-                # torch's compiler reads .grad of whatever a module has in a parameter's place
-                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
-                return self._convert(*frame)
-        finally:
-            _local.making = False
+        with tracing(), warnings.catch_warnings():
+            # torch's compiler reads .grad of whatever a module has in a parameter's place
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
+            found: object = self._inside.why_eager
+            if not found:
+                try:
+                    return self._convert(*frame)
+                except Exception as error:
+                    found = _untraceable_in(error)
+                    if found is None:
+                        raise
+            self._inside.fall_back(str(found))
+            return _eagerly()
 
 
 class _Backend:
@@ -252,7 +255,70 @@ class _Backend:
     def __call__(self, graph: GraphModule, inputs: list[Any], **options: Any) -> Any:
         import torch._functorch.config as config
 
+        _check_islands(graph)
         # The backward is outside of autocast. torch's cache on disk knows a graph by what it calls, before
         # the policy is in it.
         with config.patch(backward_pass_autocast="off", enable_autograd_cache=False):
             return self._theirs(graph, inputs, **options)
+
+
+# -- what is in no graph -------------------------------------------------------------------------------
+
+
+class _UntraceableError(SwitchError):
+    """Raised while a graph is made, where only the eager region does what the rule says."""
+
+
+def _untraceable_in(error: BaseException | None) -> _UntraceableError | None:
+    """The `_UntraceableError` that torch's compiler has wrapped in errors of its own."""
+    while error is not None and not isinstance(error, _UntraceableError):
+        error = error.__cause__ or error.__context__ or getattr(error, "inner_exception", None)
+    return error
+
+
+def _eagerly() -> Any:
+    """What torch is told to have the frame at hand, and all that it calls, run as it is this time."""
+    from torch._dynamo.types import ConvertFrameReturn
+
+    skip = _eval_frame._FrameAction.SKIP
+    return ConvertFrameReturn(
+        frame_exec_strategy=_eval_frame._FrameExecStrategy(skip, skip),
+        apply_to_code=False,
+        skip_reason="left to eager by halfstep",
+    )
+
+
+def _check_islands(graph: GraphModule) -> None:
+    """Raise `_UntraceableError` where a parameter is read with autocast off: there it is to be FP32.
+
+    A region looks at autocast when a parameter is read; in a graph it has been read.
+    """
+    for module in graph.modules():
+        nodes = getattr(getattr(module, "graph", None), "nodes", ())
+        off: list[Node] = []  # where autocast was turned off, and is so still
+        for node in nodes:
+            if (
+                node.op == "call_function"
+                and node.target is torch.amp.autocast_mode._enter_autocast
+            ):
+                if not node.args[2]:
+                    off.append(node)
+            elif (
+                node.op == "call_function" and node.target is torch.amp.autocast_mode._exit_autocast
+            ):
+                off = [entered for entered in off if entered is not node.args[0]]
+            elif off:
+                for given in node.all_input_nodes:
+                    name = _parameter_name(given)
+                    if name:
+                        raise _UntraceableError(
+                            f"its forward reads {name} where it has turned autocast off: it is FP32 there, "
+                            "and in a graph already rounded"
+                        )
+
+
+def _parameter_name(node: Node) -> str:
+    """Where forward read a parameter that a graph is given; "" for other nodes."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = "" if node.op != "placeholder" or source is None else str(source.name)
+    return ".".join(_PART.findall(name)) if "._parameters[" in name else ""

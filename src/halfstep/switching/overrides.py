@@ -25,6 +25,7 @@ from halfstep.switching.emulated import Carriers, attention, dot
 from halfstep.switching.plan import Plan
 from halfstep.switching.recurrent import recurrent_layers
 from halfstep.switching.region import Region, current
+from halfstep.switching.tracing import left_alone
 
 __all__ = ["KEYS", "NARROW", "Below", "autocast", "cast_all", "install", "widen"]
 
@@ -147,6 +148,7 @@ def _by_class(name: str, below: Below) -> _Kernel:
     makers = _MAKERS | {OpClass.DOT: _attention} if name == _ATTENTION else _MAKERS
     latest: tuple[OpPolicy | None, _Kernel] = (None, _own(below))
 
+    @left_alone
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal latest
         region = current()

@@ -19,6 +19,8 @@ from torch.autograd import Function
 
 from halfstep import ops
 from halfstep.format import Accumulator
+from halfstep.ops.custom import operator
+from halfstep.switching.tracing import is_tracing
 
 if TYPE_CHECKING:
     from halfstep.switching.emulated import Emulator
@@ -40,12 +42,24 @@ def _pick_gemm() -> Callable[[Tensor, Tensor], Tensor]:
     if linear is None or not torch.backends.mkldnn.is_available():
         return F.linear
 
+    def large(a: Tensor, b: Tensor) -> Tensor:
+        return linear(a, b, None, "none", [], "")
+
+    # Inductor knows oneDNN's only with a weight that is a constant: in a graph it is a node of ours.
+    node = operator(
+        "gemm",
+        "(Tensor a, Tensor b) -> Tensor",
+        large,
+        fake=lambda a, b: a.new_empty(a.size(0), b.size(0)),
+    )
+
     def gemm(a: Tensor, b: Tensor) -> Tensor:
+        traced = is_tracing()
         # A DTensor has no rule for oneDNN's.
-        plain = type(a) is Tensor and type(b) is Tensor
+        plain = traced or (type(a) is Tensor and type(b) is Tensor)
         if not plain or a.device.type != "cpu" or a.numel() * b.size(0) < _TINY:
             return F.linear(a, b)
-        return linear(a, b, None, "none", [], "")
+        return node(a, b) if traced else large(a, b)
 
     return gemm
 
@@ -57,6 +71,8 @@ def wide_rows(a: Tensor, b: Tensor, accumulate: Accumulator) -> Tensor:
     """``a @ b.T`` of FP32 carriers (M, K) and (N, K), added in ``accumulate``; FP32, no graph."""
     if accumulate is FP32_SUMS or accumulate == FP32_SUMS:
         return _gemm(a, b)
+    if is_tracing():  # a node of its own, for `multiply` has none
+        return ops.matmul(a, b.t(), "fp32", accumulate)
     return ops.multiply(a, b.t(), accumulate)
 
 

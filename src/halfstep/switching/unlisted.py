@@ -24,6 +24,7 @@ from halfstep.switching.met import Handling
 from halfstep.switching.overrides import KEYS, NARROW, Below, cast_all, widen
 from halfstep.switching.plan import Plan
 from halfstep.switching.region import Region, current
+from halfstep.switching.tracing import left_alone
 
 __all__ = ["install", "look"]
 
@@ -117,6 +118,7 @@ def _register(name: str, key: str, theirs: frozenset[str]) -> Library | None:
 def _kernel(name: str, below: Below, writes: bool) -> Callable[..., Any]:
     takes_fp32 = not writes
 
+    @left_alone
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal takes_fp32
         region = current()

@@ -18,7 +18,7 @@ import halfstep
 from halfstep.study.benchmarks.harness import Clock, Ratio, Row, Sense, Target, interleave, ratio
 from halfstep.study.benchmarks.models import WORKLOADS, Workload, small_layers
 
-__all__ = ["FP32", "Step", "fp32_step", "rows", "switched_step"]
+__all__ = ["FP32", "Comparison", "Step", "fp32_step", "rows", "switched_step"]
 
 FP32 = "fp32"
 AUTOCAST_BF16 = "autocast bf16"
