@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "scripts" / "parallel.py"
-KINDS = ["ddp", "ddp-later", "no_sync", "zero", "fully_shard", "tensor", "compression"]
+KINDS = ["ddp", "ddp-later", "no_sync", "zero", "fully_shard", "tensor", "compression", "kept"]
 
 
 def run(ranks: int, folder: Path, *kinds: str) -> None:

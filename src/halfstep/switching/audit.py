@@ -21,7 +21,7 @@ from halfstep.ops import BlockTensor
 from halfstep.recipe import Recipe
 from halfstep.switching import overrides
 from halfstep.switching.audit_table import Audit, AuditRow, BrokenPromise, Held
-from halfstep.switching.between_steps import STORED
+from halfstep.switching.between_steps import STORED, ShardInBlocks
 from halfstep.switching.guard import Guard, Owner
 from halfstep.switching.naming import place_of
 from halfstep.switching.plan import Executor, Plan
@@ -285,6 +285,8 @@ class _Auditor:
             for key, value in optimizer.state.get(p, {}).items():
                 tensors = value if isinstance(value, (list, tuple)) else [value]
                 for t in tensors:
+                    if isinstance(t, ShardInBlocks):
+                        t = t.blocks
                     if isinstance(t, BlockTensor) or (isinstance(t, Tensor) and t.dim()):
                         lists = tensors is value
                         found[str(key)] = self._moment(p, t, f"{key} of {name}", lists)

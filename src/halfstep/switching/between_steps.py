@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +20,16 @@ from halfstep.errors import SwitchError
 from halfstep.format import BlockFormat, Format, Rounding
 from halfstep.ops import BlockTensor
 from halfstep.recipe import Recipe, Update
+from halfstep.switching.ranks import (
+    is_sharded,
+    local,
+    shard_number,
+    shard_of,
+    sharded_like,
+    without_memory,
+)
 
-__all__ = ["STORED", "BetweenSteps"]
+__all__ = ["STORED", "BetweenSteps", "ShardInBlocks"]
 
 # Formats that torch has a dtype for, which then is what a tensor of them is stored in.
 STORED = {
@@ -31,6 +40,7 @@ STORED = {
 }
 # An odd number near 2^63 over the golden ratio: the seeds of successive steps lie far apart.
 _STRIDE = 0x4F1BBCDCBFA53E0B
+_SHARD_STRIDE = 0x2545F4914F6CDD1D
 _KEY = "between_steps"
 
 
@@ -48,6 +58,7 @@ class BetweenSteps:
     their gradients are added up in FP32. Carries and state are stored in the format itself where torch has
     the dtype or it is a block format; else in FP32 on its grid. Random bits come from a counter and the
     seed of `torch.manual_seed` (0 in a distributed run, so that ranks agree); no generator is moved on.
+    Of what is spread over ranks each keeps its shard so, with random bits of the shard's own.
 
     A carry that is not finite is 0. State that has no dimension (step counts) is left alone, and so is
     what is not a tensor of floating-point numbers in ``optimizer.state[parameter]`` (lists, say).
@@ -82,16 +93,13 @@ class BetweenSteps:
         if self.rounds_state:
             for state in _states(optimizer, own):
                 for key, value in state.items():
-                    if isinstance(value, BlockTensor):
-                        state[key] = value.dequantize()
-                    elif _is_stored(value):
-                        state[key] = value.float()
+                    state[key] = value.float() if _is_stored(value) else _from_blocks(value)
 
     def after(self, optimizer: Optimizer, own: Mapping[int, str]) -> None:
         """Round weights and state of the model's parameters after a step."""
         if self.idle:
             return
-        generator = torch.Generator().manual_seed((self.seed + self.count * _STRIDE) % 2**63)
+        generators = _Generators(self.seed + self.count * _STRIDE)
         self.count += 1
         if self.rounds_weights:
             given = (p for group in optimizer.param_groups for p in group["params"])
@@ -99,7 +107,7 @@ class BetweenSteps:
                 if self._recipe.update is Update.KAHAN:
                     self._add_carry(p)
                 elif self._recipe.update is Update.STOCHASTIC:
-                    self._round(p, Rounding.STOCHASTIC, generator)
+                    self._round(p, Rounding.STOCHASTIC, generators.of(p))
                 else:
                     self._round(p, Rounding.NEAREST, None)
         if self.rounds_state:
@@ -107,7 +115,7 @@ class BetweenSteps:
             for state in _states(optimizer, own):
                 for key, value in state.items():
                     if isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim():
-                        state[key] = _stored(value, self._recipe.moments, generator)
+                        state[key] = _stored(value, self._recipe.moments, generators.of(value))
 
     def leave(self, optimizer: Optimizer, own: Mapping[int, str]) -> None:
         """The optimizer's state in FP32 again, for good."""
@@ -118,16 +126,19 @@ class BetweenSteps:
 
     def _round(self, p: Tensor, how: Rounding, generator: torch.Generator | None) -> None:
         with torch.no_grad():
-            ops.round_to(p, self._recipe.master, how, out=p, generator=generator)
+            ours = local(p)
+            ops.round_to(ours, self._recipe.master, how, out=ours, generator=generator)
         torch.autograd.graph.increment_version(p)
 
     def _add_carry(self, p: Tensor) -> None:
         with torch.no_grad():
-            exact = p + self.carry_of(p).float()
-            self._round(p.copy_(exact), Rounding.NEAREST, None)
-            lost = torch.nan_to_num_(exact.sub_(p), 0.0, 0.0, 0.0)
+            ours = local(p)
+            exact = ours + local(self.carry_of(p)).float()
+            ours.copy_(exact)
+            self._round(p, Rounding.NEAREST, None)
+            lost = torch.nan_to_num_(exact.sub_(ours), 0.0, 0.0, 0.0)
             lost = ops.round_to(lost, self._recipe.master, out=lost)
-            self._keep_carry(p, lost.to(_dtype(self._recipe.master)))
+            self._keep_carry(p, shard_of(lost.to(_dtype(self._recipe.master)), p))
 
     def carry_of(self, p: Tensor) -> Tensor:
         """What rounding has taken from ``p`` and the next step gives back; zeros where there is none."""
@@ -181,7 +192,8 @@ class BetweenSteps:
         self._carries.clear()
         for name, carry in state["carries"].items():
             p = parameters[name]
-            self._keep_carry(p, carry.detach().to(p.device, _dtype(self._recipe.master), copy=True))
+            carry = carry.detach().to(p.device, _dtype(self._recipe.master), copy=True)
+            self._keep_carry(p, carry if is_sharded(carry) else sharded_like(carry, p))
 
     def _hook(self, optimizer: Optimizer) -> None:
         """Have ``optimizer.state_dict()`` give plain FP32 tensors in place of what it stores in blocks."""
@@ -191,10 +203,14 @@ class BetweenSteps:
 
 def _plain_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     plain = {
-        index: {k: v.dequantize() if isinstance(v, BlockTensor) else v for k, v in state.items()}
+        index: {k: _from_blocks(v) for k, v in state.items()}
         for index, state in state_dict["state"].items()
     }
     return {**state_dict, "state": plain}
+
+
+def _from_blocks(value: Any) -> Any:
+    return value.dequantize() if isinstance(value, (BlockTensor, ShardInBlocks)) else value
 
 
 def _masters(parameters: Iterable[Tensor]) -> Iterable[Tensor]:
@@ -213,11 +229,41 @@ def _is_stored(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype in STORED.values()
 
 
+@dataclass(frozen=True, slots=True)
+class ShardInBlocks:
+    """A rank's part of a tensor in a block format."""
+
+    blocks: BlockTensor
+    whole: Tensor
+    """A tensor spread alike, without memory."""
+
+    def dequantize(self) -> Tensor:
+        """All of the tensor, spread as it was; this rank's part in FP32."""
+        return shard_of(self.blocks.dequantize(), self.whole)
+
+
+class _Generators:
+    """Random bits of one step: drawn in one order on all ranks, other ones for each shard."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._known: dict[int, torch.Generator] = {}
+
+    def of(self, tensor: Tensor) -> torch.Generator:
+        shard = shard_number(tensor)
+        if shard not in self._known:
+            seed = (self._seed + shard * _SHARD_STRIDE) % 2**63
+            self._known[shard] = torch.Generator().manual_seed(seed)
+        return self._known[shard]
+
+
 def _stored(
     value: Tensor, format: Format | BlockFormat, generator: torch.Generator
-) -> Tensor | BlockTensor:
+) -> Tensor | BlockTensor | ShardInBlocks:
     value = value.detach()
+    ours = local(value)
     if isinstance(format, BlockFormat):
-        return ops.quantize_blocks(value, format, rounding="stochastic", generator=generator)
-    rounded = ops.round_to(value, format, "stochastic", generator=generator)
-    return rounded.to(_dtype(format))
+        blocks = ops.quantize_blocks(ours, format, rounding="stochastic", generator=generator)
+        return ShardInBlocks(blocks, without_memory(value)) if is_sharded(value) else blocks
+    rounded = ops.round_to(ours, format, "stochastic", generator=generator)
+    return shard_of(rounded.to(_dtype(format)), value)

@@ -106,7 +106,7 @@ def _save(run: Checkpointed, path: Path, more: Mapping[str, Any]) -> None:
     content = {
         "model": _whole(model.state_dict()),
         "optimizers": [_optimizer_state(o, model, ranks) for o in run.optimizers],
-        "switch": run.state_dict(),
+        "switch": _whole(run.state_dict()),
         "random": ranks.gathered(_random_state()),
         "more": {name: _state_of(value) for name, value in more.items()},
     }

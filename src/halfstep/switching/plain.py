@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from halfstep.errors import SwitchError
+from halfstep.switching.ranks import is_sharded
+
 __all__ = ["become_narrow", "become_single"]
 
 
@@ -17,7 +20,16 @@ def become_narrow(
     """What ``model.half()`` or ``.bfloat16()`` does, and for optimizer state too; returns the way back.
 
     The way back turns to FP32 what was turned to ``dtype``; what was rounded stays rounded.
+
+    Raises:
+        SwitchError: parameters are sharded already; whoever sharded them has tensors of his own.
     """
+    sharded = [name for name, p in model.named_parameters() if is_sharded(p)]
+    if sharded:
+        raise SwitchError(
+            f"the recipe turns the parameters themselves into {dtype}, and {len(sharded)} of them are "
+            f"sharded already ({sharded[0]}, say): switch the model first, then shard it"
+        )
     changed = [t for t in [*model.parameters(), *model.buffers()] if t.dtype == torch.float32]
     for tensor in changed:
         _set(tensor, dtype)

@@ -182,3 +182,35 @@ def shards(tensor: Tensor) -> int:
         return 1
     sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)  # pyright: ignore[reportAttributeAccessIssue]
     return math.prod(size for placement, size in sizes if placement.is_shard())
+
+
+def shard_of(part: Tensor, like: Tensor) -> Tensor:
+    """This rank's ``part`` as a tensor spread as ``like`` is; itself if that is not. No communication."""
+    if not is_sharded(like):
+        return part
+    return _dtensor().from_local(
+        part,
+        like.device_mesh,  # pyright: ignore[reportAttributeAccessIssue]
+        like.placements,  # pyright: ignore[reportAttributeAccessIssue]
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def without_memory(tensor: Tensor) -> Tensor:
+    """A sharded tensor on the meta device, spread alike."""
+    return shard_of(local(tensor).to("meta"), tensor)
+
+
+def shard_number(tensor: Tensor) -> int:
+    """Which part of a tensor this rank has, alike on ranks that have the same; 0 where it has all."""
+    number = 0
+    if is_sharded(tensor):
+        mesh, placements = tensor.device_mesh, tensor.placements  # pyright: ignore[reportAttributeAccessIssue]
+        for size, place, placement in zip(
+            mesh.shape, mesh.get_coordinate() or (), placements, strict=True
+        ):
+            if not placement.is_replicate():
+                number = number * size + place
+    return number

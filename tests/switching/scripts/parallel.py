@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import halfstep
 from against_fp32 import PER_LAYER, assert_close, unit
-from halfstep.errors import NonFiniteError
+from halfstep.errors import NonFiniteError, SwitchError
 
 RECIPE = "fp16:initial=8192"
 PER_RANK = 4
@@ -207,6 +207,72 @@ def check_compression():
             print(f"compression {numbers} error {relative:.2g}", flush=True)
 
 
+def check_kept(folder):
+    """Sharded weights and moments are kept as the recipe says, near those of one process, and resume."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    g = torch.Generator().manual_seed(1)
+    x, y = (
+        torch.randn(ranks * PER_RANK, 8, generator=g),
+        torch.randn(ranks * PER_RANK, 4, generator=g),
+    )
+    part = slice(rank * PER_RANK, (rank + 1) * PER_RANK)
+
+    def made(recipe, sharded, seed=0):
+        model = plain()
+        torch.manual_seed(seed)
+        if sharded:
+            fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return model, optimizer, halfstep.switch(model, optimizer, recipe)
+
+    def train(model, optimizer, steps, rows):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            mean_square(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+        return whole(model.parameters())
+
+    for recipe in ("bf16-sr", "bf16-kahan", "fp16:moments=bf16", "bf16:moments=e4m3fn@1x128"):
+        model, optimizer, switch = made(recipe, sharded=False)
+        alone = train(model, optimizer, 4, slice(None))
+        switch.off()
+        model, optimizer, switch = made(recipe, sharded=True)
+        found = train(model, optimizer, 4, part)
+        # Four steps of Adam move a weight by up to 0.04, and one whose gradient is near 0 either way.
+        apart = torch.cat([(a - b).flatten() for a, b in zip(found, alone, strict=True)]).abs()
+        assert apart.mean() < 0.002, (recipe, apart.mean())
+        if "moments" not in recipe:
+            assert all(torch.equal(p, p.bfloat16().float()) for p in found)
+        switch.audit()
+        path = folder / "kept.pt"
+        switch.save(path)
+        then = train(model, optimizer, 2, part)
+        switch.off()
+        model, optimizer, switch = made(recipe, sharded=True, seed=1)
+        switch.resume(path)
+        assert all(map(torch.equal, train(model, optimizer, 2, part), then)), recipe
+        switch.off()
+
+    # Two shards of equal numbers draw other bits; what every rank has whole is the same on all.
+    model = nn.Linear(64, 2 * ranks, bias=False)
+    nn.init.constant_(model.weight, 1.0 + 2.0**-9)
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0**-12)
+    switch = halfstep.switch(model, optimizer, "bf16-sr")
+    model(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    rows = model.weight.full_tensor().chunk(ranks)
+    assert not torch.equal(rows[0], rows[1])
+    switch.off()
+
+    try:
+        made("bf16-pure", sharded=True)
+    except SwitchError as error:
+        assert "switch the model first" in str(error), error
+    else:
+        raise AssertionError("no error")
+
+
 def main(rank, ranks, folder, kinds):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -219,6 +285,8 @@ def main(rank, ranks, folder, kinds):
     for kind in kinds:
         if kind == "compression":
             check_compression()
+        elif kind == "kept":
+            check_kept(folder)
         else:
             check(kind, folder)
         dist.barrier()

@@ -231,7 +231,7 @@ class EmulationMode(TorchDispatchMode):
             and not (call.kwargs or call.has_double)
             and (it.name == "mm" or call.args[0].dim() == 1)
         ):
-            return self._matrix_product(call, *call.args[-2:], numbers.read)
+            return self._matrix_product(call, call.args[-2], call.args[-1], numbers.read)
         wanted = torch.float64 if call.has_double else torch.float32
         gradients = 0
         dims = iter(summed or it.summed)
