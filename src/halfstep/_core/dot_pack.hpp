@@ -78,6 +78,8 @@ inline void transpose_eight(const float* from, std::ptrdiff_t stride, float* to,
   }
 }
 
+constexpr std::ptrdiff_t rows_ahead = 16;  // each on a page of its own: no prefetcher follows
+
 // b[depth, columns from `column`] as panel[k][columns].
 inline void pack_columns(const DotWork& work, std::size_t first, std::size_t depth, std::size_t column,
                          std::size_t columns, float* panel) {
@@ -86,7 +88,11 @@ inline void pack_columns(const DotWork& work, std::size_t first, std::size_t dep
   if (work.b_column == 1 && columns % 8 == 0) {
     for (std::size_t k = 0; k < depth; ++k) {
       const float* row = from + std::ptrdiff_t(k) * work.b_row;
-      for (std::size_t j = 0; j < columns; j += 8) _mm256_storeu_ps(panel + k * columns + j, _mm256_loadu_ps(row + j));
+      const float* ahead = row + (first + k + rows_ahead < work.depth ? rows_ahead * work.b_row : 0);
+      for (std::size_t j = 0; j < columns; j += 8) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + j), _MM_HINT_T0);
+        _mm256_storeu_ps(panel + k * columns + j, _mm256_loadu_ps(row + j));
+      }
     }
     return;
   }
