@@ -83,7 +83,11 @@ def adam(
         written(places, weights, means, squares, copies)
     if others:
         step_reference.adam(
-            *(some(others, each) for each in (weights, gradients, means, squares, copies)),
+            some(others, weights),
+            some(others, gradients),
+            some(others, means),
+            some(others, squares),
+            some(others, copies),
             replace(numbers, roots=some(others, numbers.roots), steps=some(others, numbers.steps)),
         )
 
@@ -124,7 +128,11 @@ def sgd(
         written(places, weights, means, copies)
     if others:
         step_reference.sgd(
-            *(some(others, each) for each in (weights, gradients, means, copies)), numbers
+            some(others, weights),
+            some(others, gradients),
+            some(others, means),
+            some(others, copies),
+            numbers,
         )
 
 
