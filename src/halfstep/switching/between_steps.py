@@ -229,7 +229,7 @@ def _is_stored(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype in STORED.values()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardInBlocks:
     """A rank's part of a tensor in a block format."""
 
@@ -264,6 +264,6 @@ def _stored(
     ours = local(value)
     if isinstance(format, BlockFormat):
         blocks = ops.quantize_blocks(ours, format, rounding="stochastic", generator=generator)
-        return ShardInBlocks(blocks, without_memory(value)) if is_sharded(value) else blocks
+        return ShardInBlocks(blocks=blocks, whole=without_memory(value)) if is_sharded(value) else blocks
     rounded = ops.round_to(ours, format, "stochastic", generator=generator)
     return shard_of(rounded.to(_dtype(format)), value)
