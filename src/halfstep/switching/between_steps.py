@@ -264,6 +264,10 @@ def _stored(
     ours = local(value)
     if isinstance(format, BlockFormat):
         blocks = ops.quantize_blocks(ours, format, rounding="stochastic", generator=generator)
-        return ShardInBlocks(blocks=blocks, whole=without_memory(value)) if is_sharded(value) else blocks
+        return (
+            ShardInBlocks(blocks=blocks, whole=without_memory(value))
+            if is_sharded(value)
+            else blocks
+        )
     rounded = ops.round_to(ours, format, "stochastic", generator=generator)
     return shard_of(rounded.to(_dtype(format)), value)
