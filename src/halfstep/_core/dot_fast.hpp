@@ -9,10 +9,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "dot_careful.hpp"
 #include "dot_pack.hpp"
 #include "dot_steps.hpp"
+#include "dot_steps_directed.hpp"
 #include "types.hpp"
 
 namespace halfstep {
@@ -113,8 +115,28 @@ const Tiles& stochastic_tiles() {
   return tiles;
 }
 
+template <class V>
+const Tiles& products_tiles() {
+  if constexpr (V::directed) {
+    static const Tiles tiles{{run_products<V, 1, wide_vectors>, run_products<V, 1, 2>, run_products<V, 2, 2>,
+                              run_products<V, 3, 2>, run_products<V, 4, 2>, run_products<V, 5, 2>, run_products<V, 6, 2>},
+                             6,
+                             0};
+    return tiles;
+  } else {
+    return tiles_of<V, ProductsStep<V>, 4>();
+  }
+}
+
 template <class V, bool full>
 const Tiles& nearest_tiles() {
+  if constexpr (V::directed) {
+    static const Tiles tiles{{run_half_up<V, full, 1, wide_vectors>, run_half_up<V, full, 1, 2>, run_half_up<V, full, 2, 2>,
+                              run_half_up<V, full, 3, 2>, run_half_up<V, full, 4, 2>},
+                             4,
+                             0x6000};
+    return tiles;
+  }
   static const Tiles tiles{{run_nearest<V, full, 1, wide_vectors>, run_nearest<V, full, 1, 2>, run_nearest<V, full, 2, 2>,
                             run_nearest<V, full, 3, 2>, run_nearest<V, full, 4, 2>},
                            4,
@@ -143,6 +165,7 @@ class FastDot {
     format.element_column = std::uint32_t(w.element_column);
     format.quanta = std::ldexp(1.0, -g.quantum_exponent);
     format.shift = 23 - m;
+    odd_fits = V::directed && format.shift >= 13;
     format.largest = float(std::ldexp(g.highest, scale));
     format.beyond = word_of(float(std::isfinite(g.overflow_up) ? std::ldexp(g.overflow_up, scale) : g.overflow_up)) & 0x7FFFFFFFu;
     format.least_power = std::ldexp(1.0f, least);
@@ -165,12 +188,16 @@ class FastDot {
     for (std::size_t first = 0; first < w.depth; first += dot_depth) {
       const std::size_t depth = std::min(dot_depth, w.depth - first);
       if (!pack(first, depth)) return false;
-      for (std::size_t p = 0; p < across; ++p)
-        for (std::size_t row = 0; row < w.rows;) {
-          const std::size_t count = std::min(w.rows - row, std::size_t(most_rows()));
-          if (!run_rows(first, depth, p, row, count)) return false;
-          row += count;
-        }
+      const std::size_t down = (w.rows + most_rows() - 1) / most_rows();
+      for (std::size_t i = 0; i < across * down; ++i) {
+        // a panel stays in the first cache; of rounded products the rows do, which are made ready once
+        const std::size_t p = products ? i % across : i / down, row = (products ? i / across : i % down) * most_rows();
+        const std::size_t count = std::min(w.rows - row, most_rows());
+        if constexpr (V::directed)
+          if (products && p == 0)
+            left.template take<V>(rows + row * depth, depth, int(count), depth, std::ldexp(1.0f, format.shift));
+        if (!run_rows(first, depth, p, row, count)) return false;
+      }
     }
     end();
     return true;
@@ -189,7 +216,11 @@ class FastDot {
   double most_product = 0;  // scaled
   int product_digits = 48;
   bool sticky_fits = false;  // StickyStep may be taken
-  std::size_t mended = 0, looked_at = 0;  // rows that NearestStep mended, of how many
+  bool odd_fits;             // OddStep, of sums that are not too large
+  std::size_t mended = 0, looked_at = 0;  // steps with a tie, of how many rows
+  // of rounded products
+  std::conditional_t<V::directed, ProductsLeft, char> left;
+  float smallest_right[V::directed ? dot_columns / 32 * dot_depth : 1];
 
   bool may_run() const {
     if (s.order != Order::sequential) return false;
@@ -203,14 +234,15 @@ class FastDot {
     const int m = g.mantissa_bits;
     if (m < 1 || m > 14 || !g.negative_zero) return false;
     if (!products) return true;
+    if (V::directed && g.quantum_exponent + m < -126) return false;
     // rounded twice, and the number added must be finite
     return m <= 10 && std::ilogb(g.highest) + 25 - m < 127;
   }
 
-  // NearestStep stumbles over ties: past a few of them the other is faster.
-  bool takes_sticky() const { return sticky_fits && mended * 20 > looked_at; }
+  // Steps to nearest stumble over ties: past a few of them the others are faster.
+  bool takes_sticky() const { return (sticky_fits || odd_fits) && mended * 20 > looked_at; }
 
-  const Tiles& tiles(bool even, bool full) const {
+  const Tiles& tiles(bool even, bool full, bool odd) const {
     constexpr int few = 4;
     if (stochastic) return stochastic_tiles<V>();
     if (plain && s.products_rounded) {
@@ -225,9 +257,11 @@ class FastDot {
       if (s.rounding == Rounding::down) return tiles_of<V, PlainStep<V, 0x2000, false>, few>();
       return tiles_of<V, PlainStep<V, 0, false>, V::most_rows>();
     }
-    if (products) return tiles_of<V, ProductsStep<V>, few>();
+    if (products) return products_tiles<V>();
     if (nearest && even) return full ? tiles_of<V, EvenStep<V, true>, few>() : tiles_of<V, EvenStep<V, false>, few>();
-    if (nearest && takes_sticky()) {
+    if constexpr (V::directed)
+      if (nearest && odd && !full && takes_sticky()) return tiles_of<V, OddStep<V>, few>();
+    if (nearest && sticky_fits && takes_sticky()) {
       if (scale == 0) return full ? tiles_of<V, StickyStep<V, true, false>, few>() : tiles_of<V, StickyStep<V, false, false>, few>();
       return full ? tiles_of<V, StickyStep<V, true, true>, few>() : tiles_of<V, StickyStep<V, false, true>, few>();
     }
@@ -244,29 +278,39 @@ class FastDot {
     return tiles_of<V, DirectedStep<V, Rounding::toward_zero, products_rounded>, 4>();
   }
 
-  int most_rows() const { return plain && nearest && !s.products_rounded ? V::most_rows : 4; }
+  std::size_t most_rows() const {
+    if (products && V::directed) return ProductsLeft::rows;
+    return plain && nearest && !s.products_rounded ? V::most_rows : 4;
+  }
 
   float* starts() const { return s.split > 1 ? parts : s.chunk ? chunks : inner; }
 
   // `inner` is scaled; the sums of chunks and of parts are not.
   bool begin() {
-    std::fill(inner, inner + 3 * w.rows * padded, 0.0f);
+    std::fill(inner, inner + (s.split > 1 ? 3 : s.chunk ? 2 : 1) * w.rows * padded, 0.0f);
     const float factor = starts() == inner ? std::ldexp(1.0f, scale) : 1.0f;
-    bool negative_zero = false;
-    for (std::size_t i = 0; i < w.rows; ++i)
+    std::uint32_t negative_zeros = 0;
+    for (std::size_t i = 0; i < w.rows; ++i) {
+      float* to = starts() + i * padded;
+      copy_row(w.out + std::ptrdiff_t(i) * w.out_row, w.out_column, w.columns, to);
       for (std::size_t j = 0; j < w.columns; ++j) {
-        const float start = w.out[std::ptrdiff_t(i) * w.out_row + std::ptrdiff_t(j) * w.out_column];
-        negative_zero |= word_of(start) == 0x80000000u;
-        starts()[i * padded + j] = start * factor;
+        negative_zeros += word_of(to[j]) == 0x80000000u;
+        to[j] *= factor;
       }
-    return !(products && negative_zero);  // which those steps take for +0
+    }
+    return !(products && negative_zeros != 0);  // which those steps take for +0
   }
 
   void end() {
     const float factor = starts() == inner ? std::ldexp(1.0f, -scale) : 1.0f;
-    for (std::size_t i = 0; i < w.rows; ++i)
-      for (std::size_t j = 0; j < w.columns; ++j)
-        w.out[std::ptrdiff_t(i) * w.out_row + std::ptrdiff_t(j) * w.out_column] = starts()[i * padded + j] * factor;
+    for (std::size_t i = 0; i < w.rows; ++i) {
+      const float* from = starts() + i * padded;
+      float* to = w.out + std::ptrdiff_t(i) * w.out_row;
+      if (w.out_column == 1)
+        for (std::size_t j = 0; j < w.columns; ++j) to[j] = from[j] * factor;
+      else
+        for (std::size_t j = 0; j < w.columns; ++j) to[std::ptrdiff_t(j) * w.out_column] = from[j] * factor;
+    }
   }
 
   bool pack(std::size_t first, std::size_t depth) {
@@ -290,6 +334,7 @@ class FastDot {
       most_product = 0;
       product_digits = 0;
       format.exact_from = 0;
+      format.careful = true;
       return true;
     }
     if (a.last_bit() + of_a < -149 || b.last_bit() + of_b < -149) return false;
@@ -297,6 +342,11 @@ class FastDot {
     product_digits = a.digits() + b.digits();
     format.exact_from = product_digits <= 24 ? 0x1p-124f : INFINITY;
     sticky_fits = product_digits <= 24 && a.last_bit() + b.last_bit() >= -149 && int(b.largest >> 23) - of_a < 254;
+    format.careful = a.digits() + format.shift > 24;
+    if constexpr (V::directed)
+      if (products)
+        for (std::size_t p = 0; p < across; ++p)
+          find_smallest_right<V>(panels + p * width * depth, width, depth, smallest_right + p * dot_depth);
     return !products || (product_digits <= 24 && a.last_bit() + b.last_bit() >= -149);
   }
 
@@ -314,7 +364,13 @@ class FastDot {
       const std::size_t last = std::min(chunk_last, first + depth);
       format.element = std::uint32_t(w.element + row * w.element_row + p * width * w.element_column);
       format.step = std::uint32_t(k);
-      if (!run_steps(a + (k - first), depth, panel + (k - first) * width, last - k, inner + at, count)) return false;
+      if constexpr (V::directed) {
+        format.left = &left;
+        format.smallest_right = smallest_right + p * dot_depth;
+        format.place = k - first;
+      }
+      const bool fresh = s.chunk && (k - part_first) % s.chunk == 0;
+      if (!run_steps(a + (k - first), depth, panel + (k - first) * width, last - k, inner + at, count, fresh)) return false;
       k = last;
       if (k != chunk_last) continue;
       if (s.chunk) fold(chunks + at, inner + at, count, true);
@@ -327,12 +383,13 @@ class FastDot {
     return true;
   }
 
+  // `fresh`: sums are zero.
   bool run_steps(const float* a, std::size_t a_row, const float* panel, std::size_t depth, float* sums,
-                 std::size_t count) {
+                 std::size_t count, bool fresh) {
     const int index = vectors == 2 ? int(count) : 0;
     const bool few_digits = nearest && !products && product_digits <= format.shift - 1;
-    if (plain || (!bounded && !few_digits)) {
-      const Tiles& t = tiles(false, false);
+    if (plain || (!bounded && !few_digits && !(odd_fits && takes_sticky()))) {
+      const Tiles& t = tiles(false, false, false);
       const ProcessorMode mode(t.mode);
       looked_at += takes_sticky() ? 0 : depth * count;
       t.run[index](format, a, a_row, panel, depth, sums, padded);
@@ -345,7 +402,7 @@ class FastDot {
     if (s.products_rounded) growth *= 2;
     while (depth > 0) {
       std::uint32_t word = 0;  // words order as their numbers do, NaN above all
-      for (std::size_t i = 0; i < count; ++i)
+      for (std::size_t i = 0; i < count && !fresh; ++i)
         for (std::size_t j = 0; j < width; ++j)
           word = std::max(word, word_of(sums[i * padded + j]) & 0x7FFFFFFFu);
       const float most = float_of(word);
@@ -361,11 +418,13 @@ class FastDot {
       const bool even = few_digits && ((g.mantissa_bits <= 10 && product_digits <= g.mantissa_bits + 1) ||
                                        (!full && bound <= std::ldexp(1.0, -103 - g.mantissa_bits)) ||
                                        (full && double(format.largest) + growth <= std::ldexp(1.0, -103 - g.mantissa_bits)));
-      const Tiles& t = tiles(even, full);
+      const Tiles& t = tiles(even, full, odd_fits && bound < std::ldexp(1.0, 126 - format.shift));
       const ProcessorMode mode(t.mode);
       looked_at += even || takes_sticky() ? 0 : steps * count;
       t.run[index](format, a, a_row, panel, steps, sums, padded);
       format.step += std::uint32_t(steps);
+      format.place += steps;
+      fresh = false;
       a += steps;
       panel += steps * width;
       depth -= steps;

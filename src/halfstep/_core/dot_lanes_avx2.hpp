@@ -14,6 +14,7 @@ struct Avx2Dot {
   using Flags = __m256i;
   static constexpr int width = 8;
   static constexpr int most_rows = 6;  // of sums in registers, two vectors a row
+  static constexpr bool directed = false;  // an instruction rounds its own way: dot_steps_directed.hpp
 
   static Numbers load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Numbers x) { _mm256_storeu_ps(p, x); }

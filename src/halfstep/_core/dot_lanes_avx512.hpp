@@ -14,6 +14,7 @@ struct Avx512Dot {
   using Flags = __mmask16;
   static constexpr int width = 16;
   static constexpr int most_rows = 8;
+  static constexpr bool directed = true;
 
   static Numbers load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Numbers x) { _mm512_storeu_ps(p, x); }
@@ -53,6 +54,39 @@ struct Avx512Dot {
   static Words mark(Words a, Flags f) { return _mm512_mask_mov_epi32(a, f, _mm512_set1_epi32(-1)); }
   static Words where(Flags f, Words x) { return _mm512_maskz_mov_epi32(f, x); }  // zero elsewhere
   static Words select(Flags f, Words yes, Words no) { return _mm512_mask_blend_epi32(f, no, yes); }
+
+  // Of dot_steps_directed.hpp.
+  static Numbers fma_down(Numbers a, Numbers b, Numbers c) {
+    return _mm512_fmadd_round_ps(a, b, c, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  }
+  static Numbers fma_up(Numbers a, Numbers b, Numbers c) {
+    return _mm512_fmadd_round_ps(a, b, c, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+  }
+  // With one number of memory in all lanes, which costs no operation of its own here; the compiler would load it
+  // once for several.
+  static Numbers times_one(const float* a, Numbers b) {
+    Numbers product;
+    __asm__("vmulps %2%{1to16%}, %1, %0" : "=v"(product) : "v"(b), "m"(*a));
+    return product;
+  }
+  static Numbers fma_one(const float* a, Numbers b, Numbers c) {
+    __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+    return c;
+  }
+  static Numbers product_one_less(const float* a, Numbers b, Numbers c) {
+    __asm__("vfmsub231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+    return c;
+  }
+  static Numbers farther(Numbers a, Numbers b) { return _mm512_range_ps(a, b, 0x3); }  // from zero; signed as a
+  static Numbers choose(Flags f, Numbers yes, Numbers no) { return _mm512_mask_blend_ps(f, no, yes); }
+  static Words signed_as(Words a, Words b, Words sign) { return _mm512_ternarylogic_epi32(a, b, sign, 0xF8); }  // a | (b & sign)
+  static Words least_word(Words a, Words b) { return _mm512_min_epu32(a, b); }
+  static std::uint32_t least_of(Words a) { return _mm512_reduce_min_epu32(a); }
+  static Flags share(Words a, Words b) { return _mm512_test_epi32_mask(a, b); }  // a and b is not zero
+  static Flags share_none(Words a, Words b) { return _mm512_testn_epi32_mask(a, b); }
+  static Flags also_share(Flags f, Words a, Words b) { return _mm512_mask_test_epi32_mask(f, a, b); }
+  static Flags all() { return 0xFFFF; }
+  static bool is_all(Flags f) { return _kortestc_mask16_u8(f, f) != 0; }
 };
 
 }  // namespace

@@ -19,6 +19,8 @@
 namespace halfstep {
 namespace {
 
+struct ProductsLeft;
+
 // What the steps are told, for one format.
 struct StepFormat {
   int shift;                // bits of a float32 that the format lacks
@@ -33,6 +35,11 @@ struct StepFormat {
   Key key;
   std::uint32_t element, element_row, element_column, step;
   double quanta;  // in 1
+  // of rounded products, in dot_steps_directed.hpp: the factors, and which step of them is the first at hand
+  const ProductsLeft* left;
+  const float* smallest_right;
+  std::size_t place;
+  bool careful;  // a * (2^shift - 1) is not exact
 };
 
 template <class V>

@@ -113,8 +113,8 @@ struct DotWork {
   RoundOperand round_a, round_b;
 };
 
-constexpr std::size_t dot_rows = 192;     // the most of one work
-constexpr std::size_t dot_columns = 256;  // the most of one work
+constexpr std::size_t dot_rows = 384;     // the most of one work
+constexpr std::size_t dot_columns = 512;  // the most of one work
 constexpr std::size_t dot_depth = 256;    // of a panel, of which there may be many
 constexpr std::size_t dot_scratch = (dot_rows + dot_columns) * dot_depth + 3 * dot_rows * dot_columns;
 
