@@ -218,7 +218,7 @@ class Call:
     @property
     def has_double(self) -> bool:
         """True where a carrier is FP64, and so the result."""
-        return any(t.dtype is torch.float64 for t in self.floats)
+        return torch.float64 in [t.dtype for t in self.floats]
 
     @property
     def is_linear(self) -> bool:

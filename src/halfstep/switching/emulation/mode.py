@@ -87,8 +87,11 @@ class EmulationMode(TorchDispatchMode):
         if it is None:
             it = self.operations[id(func)] = Operation(func, self.recipe.policy)
         it.count += 1
-        if types and any(t not in _PLAIN for t in types):
-            return NotImplemented  # a subclass takes itself apart; what it is made of comes here
+        for t in types:
+            if t not in _PLAIN:
+                return (
+                    NotImplemented  # a subclass takes itself apart; what it is made of comes here
+                )
         kind = it.kind
         if self._identity or self.is_paused():
             return func(*args, **kwargs)
@@ -209,15 +212,15 @@ class EmulationMode(TorchDispatchMode):
 
     # -- kinds --------------------------------------------------------------------------------------
 
-    def _matrix_product(
-        self, call: Call, a: Tensor, b: Tensor, rounded: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def _matrix_product(self, call: Call, rounded: Callable[[Tensor], Tensor]) -> Tensor:
         """The commonest products, without what the others need: see `_dot`."""
-        a = a if call.marks_of(a) & LOW else rounded(a)
-        b = b if call.marks_of(b) & LOW else rounded(b)
+        marks_of = call.marks_of
+        *bias, a, b = call.args
+        a = a if marks_of(a) & LOW else rounded(a)
+        b = b if marks_of(b) & LOW else rounded(b)
         made = wide_product(a, b, self.accumulate)
-        if len(call.args) == 3:
-            made.add_(call.rounded(call.args[0]))
+        for c in bias:
+            made.add_(c if marks_of(c) & (LOW | WIDE) else rounded(c))
         made = rounded(made)
         self.marks.set(made, call.role | LOW)
         return made
@@ -231,7 +234,7 @@ class EmulationMode(TorchDispatchMode):
             and not (call.kwargs or call.has_double)
             and (it.name == "mm" or call.args[0].dim() == 1)
         ):
-            return self._matrix_product(call, call.args[-2], call.args[-1], numbers.read)
+            return self._matrix_product(call, numbers.read)
         wanted = torch.float64 if call.has_double else torch.float32
         gradients = 0
         dims = iter(summed or it.summed)
