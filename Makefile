@@ -66,7 +66,7 @@ docs: $(STAMP) ## rewrite the tables of README.md and docs/ from the catalogues
 	$(BIN)/python docs/tables.py
 
 bench: $(STAMP) ## the performance tables
-	@status=0; for theme in switch arithmetic; do $(BIN)/halfstep bench $$theme || status=$$?; done; exit $$status
+	@status=0; for theme in switch arithmetic emulate; do $(BIN)/halfstep bench $$theme || status=$$?; done; exit $$status
 
 clean: ## remove what was built, not the data
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .import_linter_cache

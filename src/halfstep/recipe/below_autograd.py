@@ -80,7 +80,7 @@ _FREE = """
     _coalesce coalesce _nnz sparse_dim dense_dim sparse_mask crow_indices
     argmax argmin argsort nonzero bucketize searchsorted multinomial bincount count_nonzero histc
     isnan isinf isfinite isclose any all unique_dim _unique _unique2 unique_consecutive
-    _standard_gamma_grad _dirichlet_grad
+    _standard_gamma_grad _dirichlet_grad isin hash_tensor nonzero_static _is_all_true _is_any_true
 """
 
 # Copies of numbers that are there, and constants; comparisons are point-wise and give no numbers.
@@ -91,14 +91,14 @@ _MOVES = """
     sort topk kthvalue cummax cummin max min amax amin aminmax median nanmedian mode
     slice_scatter select_scatter diagonal_scatter as_strided_scatter slice_backward select_backward
     diagonal_backward index_copy index_put _index_put_impl index_fill scatter masked_scatter masked_fill
-    where fill zero put set_ _unsafe_index _unsafe_index_put unfold_copy as_strided_copy view_copy t_copy
+    where fill zero put set_ _unsafe_index _unsafe_index_put
     max_pool1d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d mkldnn_max_pool3d
     adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d max_unpool2d
     max_unpool3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
     replication_pad3d pixel_shuffle pixel_unshuffle channel_shuffle im2col unsafe_split
     unsafe_split_with_sizes _lazy_clone lift positive relu neg complex real imag _conj_physical
-    _pack_padded_sequence _copy_from _copy_from_and_resize split_with_sizes_copy
-    abs sign
+    _pack_padded_sequence _copy_from _copy_from_and_resize _chunk_cat _to_sparse lu_unpack
+    abs sign _aminmax _cummax_helper _cummin_helper
 """
 
 # Several tables of numbers, to be read by number.
@@ -158,6 +158,17 @@ _PART_OF = {
     "grid_sampler_2d_backward": "nll_loss",
     "grid_sampler_3d_backward": "nll_loss",
     "norm": "norm.Scalar",
+    "_linalg_det": "linalg_det",
+    "_linalg_slogdet": "linalg_slogdet",
+    "_linalg_eigh": "linalg_eigh",
+    "_linalg_eigvals": "linalg_eigvals",
+    "_linalg_solve_ex": "linalg_solve",
+    "_linalg_svd": "linalg_svd",
+    "_cholesky_solve_helper": "cholesky_solve",
+    "geqrf": "linalg_qr",
+    "linalg_lu_factor_ex": "linalg_lu_factor",
+    "linalg_ldl_factor_ex": "linalg_lu_factor",
+    "linalg_ldl_solve": "linalg_solve",
     "_fft_r2c": "fft_fft",
     "_fft_c2r": "fft_fft",
     "_fft_c2c": "fft_fft",
@@ -186,7 +197,14 @@ _OWN = """
     threshold_backward gelu_backward elu_backward hardtanh_backward softplus_backward leaky_relu_backward
     hardswish_backward hardsigmoid_backward softshrink_backward hardshrink_backward glu glu_backward
     silu_backward mish_backward sigmoid_backward tanh_backward logit_backward
+    add sub rsub mul div floor_divide remainder xlogy hardswish hardsigmoid hardtanh gelu elu celu mish
+    leaky_relu threshold softshrink hardshrink max_pool2d_backward fractional_max_pool2d_backward
+    fractional_max_pool3d_backward _histogramdd_bin_edges _histogramdd_from_bin_cts
+    _histogramdd_from_bin_tensors
 """
+
+# From numbers of a program, which may be single ones in tensors.
+_MAKERS = frozenset(("scalar_tensor", "linspace", "logspace"))
 
 _SUMS = (
     "mean nansum var var_mean std std_mean trace logsumexp norm native_norm sum prod cumsum cumprod"
@@ -240,10 +258,12 @@ def treatment(policy: OpPolicy, name: str, overload: str, traits: Traits) -> Tre
         return Treatment.OWN
     if traits.random:
         return Treatment.RANDOM
-    if traits.makes or base.startswith("new_") or base.endswith("_like") or base == "scalar_tensor":
+    if traits.makes or base.startswith("new_") or base.endswith("_like") or base in _MAKERS:
         return Treatment.MAKE
     if known is not None:
         return known
+    if base.endswith("_copy"):  # of a view: ``slice_copy`` and the like
+        return Treatment.MOVE
     if traits.reduction:
         return Treatment.SUM
     if traits.pointwise or edited is OpClass.OWN or base != name.removesuffix("_"):

@@ -36,7 +36,7 @@ SIXTEEN_BITS = (
         summary="BF16 storage and multiplication, FP32 accumulation and master weights; "
         "BF16 has FP32's range, so no loss scale",
         source="Kalamkar et al., A Study of BFLOAT16 for Deep Learning Training, "
-        "arXiv 1905.12322, section 3",
+        "arXiv 1905.12322 (not checked)",
         weight=_BF16,
         activation=_BF16,
         gradient=_BF16,
@@ -51,7 +51,7 @@ SIXTEEN_BITS = (
         name="fp16",
         summary="FP16 storage and multiplication, FP32 accumulation and master weights, "
         "dynamic loss scale",
-        source="Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3",
+        source="Micikevicius et al., Mixed Precision Training, arXiv 1710.03740",
         weight=_FP16,
         activation=_FP16,
         gradient=_FP16,
@@ -66,8 +66,7 @@ SIXTEEN_BITS = (
         name="bf16-pure",
         summary="plain model.bfloat16(): every tensor, the parameters and the optimizer in BF16, "
         "to nearest: small updates vanish beside the weights",
-        source="what Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192, "
-        "section 3, finds to fail",
+        source="what Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192, finds to fail",
         weight=_BF16,
         activation=_BF16,
         gradient=_BF16,
@@ -82,7 +81,7 @@ SIXTEEN_BITS = (
         name="bf16-sr",
         summary="bf16 with 16-bit weights and moments, the update rounded stochastically: "
         "no master weights",
-        source="Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192, section 4",
+        source="Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192",
         weight=_BF16,
         activation=_BF16,
         gradient=_BF16,
@@ -99,7 +98,7 @@ SIXTEEN_BITS = (
         name="bf16-kahan",
         summary="bf16 with 16-bit weights and moments; what the update's rounding loses is kept "
         "in a second 16-bit number: no master weights",
-        source="Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192, section 4",
+        source="Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192",
         weight=_BF16,
         activation=_BF16,
         gradient=_BF16,
@@ -116,8 +115,7 @@ SIXTEEN_BITS = (
         name="fp16-naive",
         summary="plain model.half(): every tensor, the parameters and the optimizer in FP16, "
         "no loss scale; dot products still add in FP32, as today's hardware does",
-        source="the plain conversion that Micikevicius et al., arXiv 1710.03740, "
-        "sections 1 and 3, find to fail",
+        source="the plain conversion that Micikevicius et al., arXiv 1710.03740, find to fail",
         weight=_FP16,
         activation=_FP16,
         gradient=_FP16,
@@ -131,7 +129,7 @@ SIXTEEN_BITS = (
     Recipe(
         name="fp16-noscale",
         summary="fp16 without the loss scale: small gradients become zero",
-        source="ablation of Micikevicius et al., arXiv 1710.03740, section 3.2 and table 2",
+        source="ablation of Micikevicius et al., arXiv 1710.03740",
         weight=_FP16,
         activation=_FP16,
         gradient=_FP16,
@@ -145,7 +143,7 @@ SIXTEEN_BITS = (
     Recipe(
         name="fp16-nomaster",
         summary="fp16 without the FP32 master weights: small updates vanish beside the weights",
-        source="ablation of Micikevicius et al., arXiv 1710.03740, section 3.1 and figure 2",
+        source="ablation of Micikevicius et al., arXiv 1710.03740, figure 2",
         weight=_FP16,
         activation=_FP16,
         gradient=_FP16,
@@ -173,8 +171,8 @@ SIXTEEN_BITS = (
     Recipe(
         name="fp16-acc16-chunk64",
         summary="fp16-acc16 in chunks of 64, whose sums are added in FP16, too: long sums hold",
-        source="Wang et al., Training Deep Neural Networks with 8-bit Floating Point Numbers, "
-        "arXiv 1812.08011, section 2.3; there for FP8 operands",
+        source="Wang et al., Training Deep Neural Networks with 8-bit Floating "
+        "Point Numbers, arXiv 1812.08011; there for FP8 operands",
         weight=_FP16,
         activation=_FP16,
         gradient=_FP16,
@@ -188,8 +186,9 @@ SIXTEEN_BITS = (
     Recipe(
         name="fp16-acc16-pairwise",
         summary="fp16-acc16 with the additions in a tree (a hierarchical reduction): long sums hold",
-        source="N. J. Higham, The accuracy of floating point summation, SIAM J. Sci. Comput. 14(4), "
-        "1993, section 2; the accumulator alone is of Micikevicius et al., arXiv 1710.03740",
+        source="N. J. Higham, The accuracy of floating point summation, SIAM J. "
+        "Sci. Comput. 14(4), 1993 (not checked); the accumulator alone is "
+        "of Micikevicius et al., arXiv 1710.03740",
         weight=_FP16,
         activation=_FP16,
         gradient=_FP16,
