@@ -1,5 +1,5 @@
 // The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: every rounding, carrier, end of a
-// grid and instruction set, on arrays without a byte to spare; blocks and products in files of their own.
+// grid and instruction set, on arrays without a byte to spare; blocks, products and steps in files of their own.
 // `make sanitize` builds and runs it. That the numbers are right is for the Python tests; here the
 // instruction sets are compared.
 #include "parallel.hpp"
@@ -83,6 +83,7 @@ int main() {
   }
   fine = blocks_are_safe() && fine;
   fine = products_are_safe() && fine;
+  fine = steps_are_safe() && fine;
   std::puts(fine ? "sanitize: no complaint" : "sanitize: the instruction sets differ");
   return fine ? 0 : 1;
 }

@@ -61,5 +61,6 @@ bool same_numbers(const std::vector<Number>& a, const std::vector<Number>& b) {
 
 bool blocks_are_safe();
 bool products_are_safe();
+bool steps_are_safe();
 
 }  // namespace halfstep
