@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from halfstep.ops import step_reference
 from halfstep.ops.layout import lie_alike
 from halfstep.ops.native import CARRIERS, MISSING, core
-from halfstep.ops.step_reference import some, written
+from halfstep.ops.step_reference import written
 
 if TYPE_CHECKING:
     from halfstep.ops.stepping import AdamNumbers, SgdNumbers
@@ -55,15 +54,7 @@ def adam(
         threads=torch.get_num_threads(),
     )
     written(ours, weights, means, squares, copies)
-    if others:
-        step_reference.adam(
-            some(others, weights),
-            some(others, gradients),
-            some(others, means),
-            some(others, squares),
-            some(others, copies),
-            replace(numbers, roots=some(others, numbers.roots), steps=some(others, numbers.steps)),
-        )
+    step_reference.adam_at(others, weights, gradients, means, squares, copies, numbers)
 
 
 def sgd(
@@ -92,14 +83,7 @@ def sgd(
         threads=torch.get_num_threads(),
     )
     written(ours, weights, means, copies)
-    if others:
-        step_reference.sgd(
-            some(others, weights),
-            some(others, gradients),
-            some(others, means),
-            some(others, copies),
-            numbers,
-        )
+    step_reference.sgd_at(others, weights, gradients, means, copies, numbers)
 
 
 def touch(

@@ -7,6 +7,7 @@ of operations it has. Where their vectors round a product and a sum once (`fused
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from halfstep.ops.stepping import AdamNumbers, SgdNumbers
 
-__all__ = ["adam", "fused", "sgd", "some", "written"]
+__all__ = ["adam", "adam_at", "fused", "sgd", "sgd_at", "some", "written"]
 
 T = TypeVar("T")
 
@@ -101,6 +102,34 @@ def _root(x: Tensor) -> Tensor:
 
 def _wide(x: Tensor | float, like: Tensor) -> Tensor:
     return x.to(torch.float64) if isinstance(x, Tensor) else torch.full_like(like, x)
+
+
+def adam_at(
+    places: Sequence[int],
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    numbers: AdamNumbers,
+) -> None:
+    """`adam` of the tensors at the places: what a kernel leaves."""
+    w, g, m, v, c = (some(places, one) for one in (weights, gradients, means, squares, copies))
+    roots, steps = some(places, numbers.roots), some(places, numbers.steps)
+    adam(w, g, m, v, c, replace(numbers, roots=roots, steps=steps))
+
+
+def sgd_at(
+    places: Sequence[int],
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    means: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    numbers: SgdNumbers,
+) -> None:
+    """`sgd` of the tensors at the places."""
+    w, g, m, c = (some(places, one) for one in (weights, gradients, means, copies))
+    sgd(w, g, m, c, numbers)
 
 
 def some(places: Sequence[int], values: Sequence[T]) -> list[T]:

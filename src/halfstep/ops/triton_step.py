@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -81,15 +81,7 @@ def adam(
                 **constants,
             )
         written(places, weights, means, squares, copies)
-    if others:
-        step_reference.adam(
-            some(others, weights),
-            some(others, gradients),
-            some(others, means),
-            some(others, squares),
-            some(others, copies),
-            replace(numbers, roots=some(others, numbers.roots), steps=some(others, numbers.steps)),
-        )
+    step_reference.adam_at(others, weights, gradients, means, squares, copies, numbers)
 
 
 def sgd(
@@ -126,14 +118,7 @@ def sgd(
                 **constants,
             )
         written(places, weights, means, copies)
-    if others:
-        step_reference.sgd(
-            some(others, weights),
-            some(others, gradients),
-            some(others, means),
-            some(others, copies),
-            numbers,
-        )
+    step_reference.sgd_at(others, weights, gradients, means, copies, numbers)
 
 
 def _groups(
