@@ -401,3 +401,31 @@ def test_remove_leaves_what_is_switched(launch):
     assert model.dtypes == [torch.float16] * 2
     assert other.dtypes == [torch.float32]
     assert launcher.summary().models[0].steps == 2
+
+
+@pytest.mark.filterwarnings("default")  # torch's, of its compiler
+@pytest.mark.parametrize("order", ["compiled", "in place"])
+def test_a_compiled_model_is_one_model(launch, order):
+    def losses(compiled):
+        torch.manual_seed(0)
+        model = net()
+        optimizer = sgd(model)
+        called = model
+        if compiled and order == "compiled":
+            called = torch.compile(model, backend="aot_eager")
+        elif compiled:
+            model.compile(backend="aot_eager")
+        return [train(called, optimizer) for _ in range(3)]
+
+    wanted = losses(False)
+    torch.compiler.reset()
+    launcher = launch("bf16")
+    found = losses(True)
+    (model,) = launcher.summary().models
+    assert (model.name, model.steps) == ("Sequential", 3)
+    assert launcher.summary().backwards == 3
+    launcher.remove()
+    torch.compiler.reset()
+    launch("bf16")
+    assert found == losses(False)
+    assert found != wanted

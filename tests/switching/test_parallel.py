@@ -38,3 +38,8 @@ def test_two_processes_agree(tmp_path):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_kind_of_parallel_training(tmp_path, ranks):
     run(ranks, tmp_path, *(k for k in KINDS if ranks == 2 or k != "tensor"))
+
+
+@pytest.mark.slow
+def test_compiled_models_too(tmp_path):
+    run(2, tmp_path, "ddp+compiled", "ddp-later+compiled", "fully_shard+compiled")

@@ -16,7 +16,7 @@ from halfstep.switching import graphs
 from halfstep.switching.module_hooks import Forward
 from halfstep.switching.ranks import is_fully_sharded
 from halfstep.switching.region import LazyParameters, current, keeps_fp32
-from halfstep.switching.tracing import skipped
+from halfstep.switching.tracing import set_compiler, skipped
 
 __all__ = ["Runner", "Shape", "adopt", "check_not_switched", "release", "working_dtypes"]
 
@@ -36,9 +36,6 @@ class Runner(Protocol):
     ) -> Any:
         """``call(*args, **kwargs)`` inside a region of its own."""
         ...
-
-
-_set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame  # pyright: ignore[reportAttributeAccessIssue]
 
 
 _BORDER = (
@@ -71,12 +68,12 @@ class _Call:
     @functools.partial(skipped, why=_BORDER)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # At once: a compiler at work looks at each function that is called.
-        theirs = _set_eval_frame(None)
+        theirs = set_compiler(None)
         try:
             call = self._with_flat_weights if self.recurrent else self.inner
             region = current()
             if not self.owners or (theirs is None and region is not None and not region.loose):
-                _set_eval_frame(theirs)
+                set_compiler(theirs)
                 return call(*args, **kwargs)
             before = graphs.enter(theirs if callable(theirs) else None)
             try:
@@ -89,7 +86,7 @@ class _Call:
             finally:
                 graphs.enter(before)
         finally:
-            _set_eval_frame(theirs)
+            set_compiler(theirs)
 
     __code__ = __call__.__code__
 

@@ -30,7 +30,7 @@ from torch import nn
 from halfstep.errors import SwitchError
 from halfstep.switching.ranks import is_sharded
 from halfstep.switching.region import LazyParameters, Region
-from halfstep.switching.tracing import tracing
+from halfstep.switching.tracing import set_compiler, tracing
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -40,7 +40,6 @@ __all__ = ["Compiler", "Inside", "call", "enter", "flat_weights", "with_their_op
 Compiler = Callable[..., Any]
 _PART = re.compile(r"\._(?:modules|parameters)\['([^']*)'\]")
 _eval_frame: Any = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
-_set_eval_frame: Callable[[Any], Any] = _eval_frame.set_eval_frame
 
 
 class _Local(threading.local):
@@ -133,11 +132,11 @@ class Inside:
             ours = self._compilers[id(theirs)] = _Ours(theirs, self)
         bare = _Bare(self._module, region)
         before, _local.bare = _local.bare, bare
-        _set_eval_frame(ours)
+        set_compiler(ours)
         try:
             return self._run(function, args, kwargs)
         finally:
-            _set_eval_frame(None)
+            set_compiler(None)
             _local.bare = before
             bare.dress()
 
@@ -187,7 +186,8 @@ class _Bare:
         self._kept.append((state, lazy, copies, kept))
         state["_parameters"] = dict(copies)
         if not is_root and "_call_impl" in state:  # the root's is where other threads wait
-            kept["_call_impl"] = state.pop("_call_impl")
+            kept["_call_impl"] = state["_call_impl"]
+            state["_call_impl"] = state["_call_impl"].inner
         if isinstance(module, nn.RNNBase):
             flat = flat_weights(module)
             kept |= {name: state[name] for name in flat if name in state}

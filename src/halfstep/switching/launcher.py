@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from halfstep.errors import NonFiniteError, SwitchError
 from halfstep.recipe import Recipe
 from halfstep.switching import engine
+from halfstep.switching.admission import uncompiled
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.loss_scale import StepReport
 from halfstep.switching.met import Met
@@ -39,6 +40,7 @@ from halfstep.switching.region import current
 from halfstep.switching.run_summary import LeftAlone, ModelRun, RunSummary, SkippedStep
 from halfstep.switching.script_precision import ScriptPrecision
 from halfstep.switching.switch import Switch, switch
+from halfstep.switching.tracing import is_tracing, set_compiler, skipped
 
 __all__ = ["Launcher"]
 
@@ -148,6 +150,7 @@ class Launcher:
         original = self._class_call
         local = self._local
 
+        @functools.partial(skipped, why="halfstep run looks at the modules that are called")
         @functools.wraps(original)
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if local.outermost or not self._undo or current() is not None:
@@ -156,7 +159,12 @@ class Launcher:
                 return original(module, *args, **kwargs)  # a loss: looked at every step
             local.outermost = True
             try:
-                return self._call_outermost(module, args, kwargs)
+                theirs = set_compiler(None)  # which would look at what is called
+                try:
+                    does = self._call_of(module)
+                finally:
+                    set_compiler(theirs)
+                return does(*args, **kwargs)
             finally:
                 local.outermost = False
 
@@ -186,20 +194,27 @@ class Launcher:
         return undo
 
     def _count_backward(self, roots: tuple[Tensor, ...], wanted: tuple[Any, ...]) -> None:
-        if torch._C._current_graph_task_id() == -1:  # not one within another: a checkpoint's own
+        # Not one within another (a checkpoint's own), nor one of which a graph is made.
+        if torch._C._current_graph_task_id() == -1 and not is_tracing():
             self._backwards += 1
 
     # -- models -------------------------------------------------------------------------------------
 
-    def _call_outermost(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if module in self._plain or self._attach(module):
-            if module in self._plain:
-                with self._precision.forbidden(_device(module)):
-                    return self._class_call(module, *args, **kwargs)
-            return module._call_impl(*args, **kwargs)
-        return self._class_call(module, *args, **kwargs)
+    def _call_of(self, module: nn.Module) -> Callable[..., Any]:
+        """What a call of ``module``, in no other, is to do; it is switched now where the script trains it."""
+        model = uncompiled(module)
+        known = model in self._plain or (
+            model is not module and "_call_impl" in model.__dict__  # what is around it, is not
+        )
+        if not (known or self._attach(model)):
+            return functools.partial(self._class_call, module)
+        if model in self._plain:
+            return functools.partial(self._call_plain, module)
+        return module._call_impl if model is module else functools.partial(self._class_call, module)
+
+    def _call_plain(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with self._precision.forbidden(_device(module)):
+            return self._class_call(module, *args, **kwargs)
 
     def _attach(self, module: nn.Module) -> bool:
         """Switch ``module`` where the script trains it; True where it did."""

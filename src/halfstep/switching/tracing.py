@@ -9,10 +9,15 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["is_tracing", "left_alone", "skipped", "tracing"]
+__all__ = ["is_tracing", "left_alone", "set_compiler", "skipped", "tracing"]
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
 _eval_frame: Any = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
+set_compiler: Callable[[Any], Any] = _eval_frame.set_eval_frame
+"""Put a compiler of torch's, or None, to work on the functions that are called next; returns what was.
+
+In C, so that no compiler looks at the call.
+"""
 _SKIP, _DEFAULT = _eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.DEFAULT
 
 

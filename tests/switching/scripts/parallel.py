@@ -46,6 +46,7 @@ def plain():
 
 def spread(kind, seed=0):
     """(model, optimizer, switch) of a kind."""
+    kind, _, compiled = kind.partition("+")
     model = plain()
     if seed:
         with torch.no_grad():
@@ -67,6 +68,8 @@ def spread(kind, seed=0):
     switch = halfstep.switch(model, optimizer, RECIPE)
     if kind == "ddp-later":
         model = DistributedDataParallel(model)
+    if compiled:
+        model = torch.compile(model, backend="aot_eager")
     return model, optimizer, switch
 
 
