@@ -127,7 +127,10 @@ def check(kind, folder):
     reports = [None] * ranks
     dist.all_gather_object(reports, report)
     assert all(r == reports[0] for r in reports), reports
-    sizes = {n.removeprefix("module."): p.numel() for n, p in model.named_parameters()}
+    sizes = {
+        n.removeprefix("_orig_mod.").removeprefix("module."): p.numel()
+        for n, p in model.named_parameters()
+    }
     for name, count in report.nonfinite.items():
         assert count <= sizes[name.removeprefix("module.")], report
 
