@@ -1,6 +1,7 @@
 """``switch.audit()`` says how everything is held, and raises where the recipe is not kept."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,10 @@ from torch import nn
 import halfstep
 from against_fp32 import batch, mlp
 from halfstep.errors import BrokenPromiseError, SwitchError
+from halfstep.recipe import Recipe
 from halfstep.switching import Audit
+from halfstep.switching.audit import rounded_partial_sums
+from halfstep.switching.plan import make_plan
 
 X, Y = batch()
 # Every kind of promise: masters, narrow weights, carries, moments, blocks, plain programs, roles, nothing.
@@ -314,3 +318,26 @@ def test_torchs_way_trains_16_bit_weights_and_says_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     with pytest.raises(SwitchError, match=r"is torch.bfloat16: the masters are FP32"):
         halfstep.switch(model, optimizer, "bf16")
+
+
+@pytest.mark.parametrize("store", ["fp16", "bf16"])
+def test_partial_sums_that_cuda_may_round_are_noted(store):
+    """A setting of torch, on by default; a plan for CUDA is made without a GPU, too."""
+    flag = f"allow_{store}_reduced_precision_reduction"
+    settings = torch.backends.cuda.matmul
+    before = getattr(settings, flag)
+    plan = make_plan(Recipe.parse(store), "cuda")
+    try:
+        setattr(settings, flag, True)
+        (note,) = rounded_partial_sums(plan)
+        assert flag in note
+        assert f"rounded to {store} before they are added" in note
+        assert rounded_partial_sums(make_plan(Recipe.parse(store), "cpu")) == ()
+        assert rounded_partial_sums(make_plan(Recipe.parse("fp16-acc16"), "cuda")) == ()
+        setattr(settings, flag, False)
+        assert rounded_partial_sums(plan) == ()
+    finally:
+        setattr(settings, flag, before)
+    audit = halfstep.switch(mlp(), recipe="bf16").audit()
+    assert audit.notes == ()
+    assert "note: less" in str(dataclasses.replace(audit, notes=("less",)))

@@ -28,7 +28,7 @@ from halfstep.switching.plan import Executor, Plan
 from halfstep.switching.ranks import local
 from halfstep.switching.region import LazyParameters, Region, current, keeps_fp32
 
-__all__ = ["Audited"]
+__all__ = ["Audited", "rounded_partial_sums"]
 
 _FP32 = Format.parse("fp32")
 _NARROW = (torch.float16, torch.bfloat16)
@@ -144,6 +144,7 @@ class _Auditor:
             computing=self.plan.rows,
             foreign=tuple(foreign),
             broken=tuple(self.broken),
+            notes=rounded_partial_sums(self.plan),
         )
 
     def _breach(self, what: str, found: object, promised: object, remedy: str) -> None:
@@ -350,6 +351,27 @@ class _Auditor:
                 "fp32",
                 "Set it to False, or say what is meant: fp16:accumulate=fp16",
             )
+
+
+def rounded_partial_sums(plan: Plan) -> tuple[str, ...]:
+    """A line where cuBLAS may add less than FP32: torch's default, so it is a note and no breach.
+
+    Source: PyTorch, "Numerical accuracy", reduced precision reduction for FP16 and BF16 GEMMs.
+    """
+    store = plan.recipe.store.name
+    settings = torch.backends.cuda.matmul
+    flag = {
+        "fp16": "allow_fp16_reduced_precision_reduction",
+        "bf16": "allow_bf16_reduced_precision_reduction",
+    }.get(store, "")
+    native = plan.rows[0].executor is Executor.NATIVE and plan.recipe.adds_in_fp32
+    if plan.device != "cuda" or not native or not flag or not getattr(settings, flag):
+        return ()
+    note = (
+        f"torch.backends.cuda.matmul.{flag} is True, torch's default: a product whose long sums cuBLAS "
+        f"splits may have the parts rounded to {store} before they are added. False: all in fp32"
+    )
+    return (note,)
 
 
 def _labels(optimizers: tuple[Optimizer, ...]) -> list[tuple[str, Optimizer]]:

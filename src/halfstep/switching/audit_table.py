@@ -84,7 +84,8 @@ class Audit:
     """Every parameter with its dtypes, who computes what in which accumulator, and what is not as promised.
 
     Prints as a table; ``as_dict()`` is plain values. ``foreign``: what the optimizers hold besides the
-    model's parameters, which is no breach (a loss with weights of its own).
+    model's parameters, which is no breach (a loss with weights of its own). ``notes``: what torch may do by
+    default that is a little less than promised.
     """
 
     recipe: str
@@ -95,6 +96,7 @@ class Audit:
     computing: tuple[PlanRow, ...]
     foreign: tuple[str, ...]
     broken: tuple[BrokenPromise, ...]
+    notes: tuple[str, ...] = ()
 
     def check(self) -> Audit:
         """This, where every promise is kept.
@@ -127,6 +129,7 @@ class Audit:
             adds = f"{row.kind}: read {row.reads}, add in {row.accumulates}, write {row.writes}"
             lines.append(f"{adds} ({row.executor.value}: {row.why})")
         lines += [f"not the model's: {text}" for text in self.foreign]
+        lines += [f"note: {text}" for text in self.notes]
         lines += [f"BROKEN: {it}" for it in self.broken]
         if not self.broken:
             lines.append("every promise of the recipe is kept")
