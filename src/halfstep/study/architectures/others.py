@@ -97,12 +97,12 @@ OTHERS = (
         model="MobileViTForImageClassification",
         config="MobileViTConfig",
         options={
-            "image_size": 32,
+            "image_size": 64,
             "hidden_sizes": [32, 48, 64],
             "neck_hidden_sizes": [8, 16, 24, 32, 48, 64, 96],
         }
         | _LABELS,
-        batch=batches.classified_images,
+        batch=batches.many_classified_images,
         # At 1e-3 all images still have one answer, to 1e-5, after 20 steps: FP32's seeds then differ
         # by less than one rounding of it in 8 bits.
         rate=1e-2,
