@@ -73,10 +73,12 @@ def test_a_sum_that_underflows_keeps_its_sign_among_many_ties(name: str) -> None
     a = torch.randint(1, 5, (24, 300), generator=generator).float()
     b = torch.randint(-8, 9, (300, 96), generator=generator).float()
     a[0, 0] = b[0, 0] = 1 + 2.0**-10  # products of many digits, which leave no easier way
-    b[:, 64:] = -(2.0**-20)
+    b[:, ::3] = -(2.0**-20)  # beside columns of ties: what many ties are added by is chosen for all
     with native.instruction_set(name):
         sums = matmul(a, b, "fp16", "e5m2")
-    assert torch.equal(sums[:, 64:].view(torch.int32), torch.full((24, 32), -0.0).view(torch.int32))
+    assert torch.equal(
+        sums[:, ::3].contiguous().view(torch.int32), torch.full((24, 32), -0.0).view(torch.int32)
+    )
 
 
 @pytest.mark.slow
