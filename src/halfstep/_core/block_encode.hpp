@@ -197,12 +197,13 @@ struct BlockQuantizer {
   void blocks_by(const float* x, std::size_t count, std::size_t size, std::size_t index,
                  const BlockScales& scales, float* out, std::uint8_t* bytes, bool stream) const {
     constexpr std::size_t width = L::width;
-    const auto vector = [&](std::size_t i, std::size_t block) {
+    const BlockQuantizer own = *this;  // which no store of bytes can change: its constants stay in registers
+    const auto vector = [&](std::size_t i, std::size_t block) __attribute__((always_inline)) {
       const Float factor = L::set_number(scales.factor[block]);
       const Float inverse =
           by == Quotient::over_by_inverse ? L::set_number(scales.inverse[block]) : factor;
-      return rounded<fused, by>(L::load(x + i), index + i, factor, inverse,
-                                L::set_number(scales.total[block]));
+      return own.template rounded<fused, by>(L::load(x + i), index + i, factor, inverse,
+                                             L::set_number(scales.total[block]));
     };
     const std::size_t n = count * size;
     if constexpr (fused) {

@@ -57,7 +57,14 @@ struct Avx512Lanes {
   static Bits max_words(Bits a, Bits b) { return _mm512_max_epu32(a, b); }
   static std::uint32_t top_word(Bits a) { return _mm512_reduce_max_epu32(a); }
   static void store_tops(std::uint32_t* p, Bits a, Bits b, Bits c, Bits d) {
-    p[0] = top_word(a), p[1] = top_word(b), p[2] = top_word(c), p[3] = top_word(d);
+    const auto pairs = [](Bits x, Bits y) {
+      return _mm512_max_epu32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
+    };
+    const Bits ab = pairs(a, b), cd = pairs(c, d);
+    const Bits all = _mm512_max_epu32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half = _mm256_max_epu32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
   }
   static Float least(Float a, Float b) { return _mm512_min_ps(a, b); }
   static Float most(Float a, Float b) { return _mm512_max_ps(a, b); }
@@ -93,10 +100,10 @@ struct Avx512Lanes {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
   }
   static void store_bytes(std::uint8_t* p, Bits a, Bits b, Bits c, Bits d) {
-    store_bytes(p, a);
-    store_bytes(p + width, b);
-    store_bytes(p + 2 * width, c);
-    store_bytes(p + 3 * width, d);
+    // packed within quarters, which then change places
+    const __m512i packed = _mm512_packus_epi16(_mm512_packus_epi32(a, b), _mm512_packus_epi32(c, d));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, packed));
   }
 
   static Random counter(std::uint32_t index) {
