@@ -114,6 +114,7 @@ def check(kind, folder):
     optimizer.step()
     assert switch.last_step.applied
     assert switch.steps == 1
+    switch.audit()
 
     # One rank overflows: all skip, and have one scale.
     before = whole(model.parameters())
