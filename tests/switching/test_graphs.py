@@ -297,6 +297,16 @@ def test_operands_by_role_leave_the_region_eager(recipe):
     assert same(found, train("mlp", recipe))
 
 
+def test_a_torch_that_keeps_its_compiler_otherwise_leaves_the_region_eager(monkeypatch):
+    def moved(*_):
+        raise AttributeError("no attribute 'hooks'")
+
+    monkeypatch.setattr("halfstep.switching.graphs._Ours.__init__", moved)
+    with pytest.warns(RuntimeWarning, match="keeps its compiler otherwise .no attribute 'hooks'"):
+        found = train("mlp", "bf16", lambda m: torch.compile(m, backend="aot_eager"))
+    assert same(found, train("mlp", "bf16"))
+
+
 def test_recurrent_layers_run_eagerly_inside_and_keep_their_weights():
     MODELS["lstm"] = (lambda: Recurrent(layers=1, width=16), lambda n: torch.randint(1000, (n, 5)))
     kept = []

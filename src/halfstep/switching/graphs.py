@@ -129,7 +129,11 @@ class Inside:
             return function(*args, **kwargs)
         ours = self._compilers.get(id(theirs))
         if ours is None:
-            ours = self._compilers[id(theirs)] = _Ours(theirs, self)
+            try:
+                ours = self._compilers[id(theirs)] = _Ours(theirs, self)
+            except (AttributeError, ImportError, TypeError) as error:  # private parts of torch
+                self.fall_back(f"torch {torch.__version__} keeps its compiler otherwise ({error})")
+                return function(*args, **kwargs)
         bare = _Bare(self._module, region)
         before, _local.bare = _local.bare, bare
         set_compiler(ours)
