@@ -214,3 +214,42 @@ def test_a_captured_activation_that_is_used_late_is_seen_in_the_backward_in_whic
     out = model(X)
     with pytest.raises(ScaledGradientError, match="TanhBackward0"):
         (mse(out) + model.feature.float().square().mean()).backward()
+
+
+# -- weights that are written between a step and the next forward --------------------------------------
+
+
+def swap_data(p, new):
+    p.data = new
+
+
+def write_to_memory(p, new):
+    p.detach().numpy()[...] = new.numpy()
+
+
+@pytest.mark.parametrize("recipe", ["bf16", RECIPE])
+@pytest.mark.parametrize(
+    "write",
+    [lambda p, new: p.data.copy_(new), swap_data, write_to_memory],
+    ids=["data", "swap", "numpy"],
+)
+def test_a_write_that_no_version_counts_is_in_the_next_forward(recipe, write):
+    """Averages and targets are swapped in like this: no working copy may outlive its master (decision 54)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    halfstep.switch(model, optimizer, recipe=recipe)
+    x = torch.randn(8, 256)
+    model(x).square().mean().backward()
+    optimizer.step()
+    fresh = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 4))
+    stale = model(x)
+    versions = [p._version for p in model.parameters()]
+    for p, new in zip(model.parameters(), fresh.parameters(), strict=True):
+        write(p, new.detach())
+    if write is not swap_data:
+        assert [p._version for p in model.parameters()] == versions
+    halfstep.switch(fresh, torch.optim.AdamW(fresh.parameters()), recipe=recipe)
+    out = model(x)
+    assert torch.equal(out, fresh(x))
+    assert not torch.equal(out, stale)
