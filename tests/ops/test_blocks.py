@@ -12,7 +12,7 @@ import block_twin
 import halfstep
 from adversarial import bits, same_numbers, sixteen_bit_patterns, specials
 from halfstep.format import BlockFormat, Rounding, block_formats
-from halfstep.ops import BlockTensor, draw_key, native, random_bits, round_blocks
+from halfstep.ops import BlockTensor, block_rounder, draw_key, native, random_bits, round_blocks
 
 NAMED = list(block_formats())
 RULES = ["floor", "ceil", "even", "rceil"]
@@ -424,10 +424,40 @@ def test_errors_say_what_is_allowed():
 )
 @pytest.mark.parametrize("amax", [0.0, 1e-45, 1e-40, 3e-38, 0.1, 1.0, 447.9, 2688.0, 3.4e38])
 def test_one_scale_for_all_is_the_references(name: str, amax: float):
-    """The native kernels find it in Python's numbers."""
+    """The native kernels find it in numbers of their own, and in Python's."""
     x = torch.linspace(-1.0, 1.0, 64).view(4, 16) * amax
     native = halfstep.quantize_blocks(x, name, backend="native")
     reference = halfstep.quantize_blocks(x, name, backend="reference")
     assert torch.equal(native.tensor_scale, reference.tensor_scale)
     assert torch.equal(native.scales.float(), reference.scales.float())
     assert torch.equal(native.dequantize(), reference.dequantize())
+    one_call = round_blocks(x, name, backend="native")
+    assert same_numbers(one_call, round_blocks(x, name, backend="reference")).all()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_rounder_gives_what_round_blocks_does(name: str):
+    """For every axis of tensors that lie in order, transposed and otherwise; not finite, and empty."""
+    format = BlockFormat.parse(name)
+    rounded = block_rounder(format)
+    spoilt = numbers((9, 40), torch.float32)
+    spoilt[2, 3], spoilt[8, 39] = math.nan, -math.inf
+    for x in (
+        numbers((40,), torch.float32),
+        numbers((9, 40), torch.float32),
+        numbers((40, 9), torch.float32).t(),
+        numbers((40, 18), torch.float32)[:, ::2],
+        numbers((2, 3, 40), torch.float32),
+        numbers((3, 2, 40), torch.float32).transpose(0, 1),
+        numbers((1, 40), torch.float32).t(),
+        numbers((4, 8), torch.float64),
+        numbers((4, 8), torch.bfloat16),
+        torch.empty(0, 4),
+        spoilt,
+        spoilt.t(),
+    ):
+        for dim in range(-x.dim(), x.dim()):
+            expected = round_blocks(x, format, dim, backend="reference")
+            result = rounded(x, dim)
+            assert same_numbers(result, expected).all()
+            assert result.stride() == torch.empty_like(x).stride()

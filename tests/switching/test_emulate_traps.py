@@ -1,12 +1,14 @@
 """What a program may do under `halfstep.emulate` besides training: each known trap."""
 
 import copy
+import subprocess
+import sys
 import threading
 import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import halfstep
 from emulated import data, on_grid, small, trained
 from halfstep.errors import SwitchError
+from halfstep.switching.emulation.mode import EmulationMode
 
 # -- the traps ------------------------------------------------------------------------------------------
 
@@ -99,6 +102,49 @@ def test_compiled_functions_run_eagerly_in_it():
         out = compiled(x)
     assert torch.equal(out, (torch.sin(x.half()) + 1).float())
     assert emulation.operations["own"]["aten.add.Tensor"] == 1
+
+
+def test_the_compiler_sees_nothing_of_an_emulation():
+    """Not the emulator's own functions either; and the first operation does not take it in."""
+    graphs = []
+
+    def seen(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    layer, x = nn.Linear(8, 8), torch.ones(2, 8)
+    compiled = torch.compile(lambda x: layer(x).softmax(-1), backend=seen)
+    with halfstep.emulate("mxfp8") as emulation:
+        out = compiled(x)
+        assert torch.equal(out, layer(x).softmax(-1))
+        out.sum().backward()
+    assert not graphs
+    assert emulation.operations["dot"]["aten.addmm.default"] == 2
+    program = (
+        "import sys, torch, halfstep\n"
+        "with halfstep.emulate('fp16'): torch.ones(3) + 1\n"
+        "sys.exit('torch._dynamo' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "fp16-naive", "fp16-acc16", "bf16", "mxfp8", "tf32"])
+def test_commonest_products_are_what_all_products_are(recipe: str, monkeypatch: pytest.MonkeyPatch):
+    """`mm` and `addmm` have a way of their own: the same numbers, roles and scaled gradients."""
+
+    def found() -> list[Tensor]:
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(40, 24), nn.Tanh(), nn.Linear(24, 7, bias=False))
+        x = torch.randn(33, 40, requires_grad=True)
+        with halfstep.emulate(recipe):
+            y = torch.addmm(torch.randn(7), model(x), torch.randn(7, 7))
+            (y @ y.t()).square().mean().backward()
+        return [y, x.grad, *[p.grad for p in model.parameters()]]
+
+    own = found()
+    monkeypatch.setattr(EmulationMode, "_matrix_product", lambda *_: None)
+    for a, b in zip(own, found(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_views_in_place_writes_out_and_setitem_round_what_they_write():

@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -37,6 +38,33 @@ void round_to(std::uintptr_t x, int x_carrier, std::uintptr_t out, int out_carri
   const Key key{key_low, key_high, key_used};
   parallel_for(n, grain, threads, [&](std::size_t begin, std::size_t end) {
     kernels->round_to(arrays, begin, end, grid, Rounding(rounding), key, stream);
+  });
+}
+
+// Rounds rows where they are, after `row`, rounded too, was added to each; 0: as they are.
+void round_rows(std::uintptr_t x, std::size_t rows, std::size_t columns, std::uintptr_t row,
+                const Grid& grid, int threads) {
+  const Kernels* kernels = kernels_in_use();
+  const auto round = [&](const float* from, float* to, std::size_t n) {
+    const RoundArrays arrays{from, Carrier::float32, to, Carrier::float32, false};
+    kernels->round_to(arrays, 0, n, grid, Rounding::nearest, Key{}, false);
+  };
+  std::vector<float> added(row ? columns : 0);
+  if (row) {
+    const DefaultFloatMode mode;
+    round(reinterpret_cast<const float*>(row), added.data(), columns);
+  }
+  const std::size_t together = std::max<std::size_t>(1, 4096 / columns);  // stay in the first cache
+  const std::size_t pieces = (rows + together - 1) / together;
+  parallel_for(pieces, std::max<std::size_t>(1, grain / (together * columns)), threads,
+               [&](std::size_t begin, std::size_t end) {
+    for (std::size_t piece = begin; piece < end; ++piece) {
+      const std::size_t first = piece * together, n = std::min(together, rows - first);
+      float* to = reinterpret_cast<float*>(x) + first * columns;
+      for (std::size_t i = 0; row && i < n; ++i)
+        for (std::size_t k = 0; k < columns; ++k) to[i * columns + k] += added[k];
+      round(to, to, n * columns);
+    }
   });
 }
 
@@ -97,6 +125,8 @@ NB_MODULE(_core, m) {
         nb::arg("out_carrier"), nb::arg("in_float64"), nb::arg("n"), nb::arg("grid"),
         nb::arg("rounding"), nb::arg("key_low"), nb::arg("key_high"), nb::arg("key_used"),
         nb::arg("threads"), released);
+  m.def("round_rows", &round_rows, nb::arg("x"), nb::arg("rows"), nb::arg("columns"),
+        nb::arg("row"), nb::arg("grid"), nb::arg("threads"), released);
   m.def("count_nonfinite", &count_nonfinite, nb::arg("arrays"), nb::arg("sizes"),
         nb::arg("carriers"), nb::arg("threads"), released);
 

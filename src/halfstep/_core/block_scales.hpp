@@ -107,14 +107,15 @@ inline void powers_of_two(const BlockPlan& plan, const std::uint32_t* top, std::
     const std::uint32_t inverse = exponent == 127 ? least : std::uint32_t(127 - exponent) << 23;
     scales.total[i] = float_of(bad ? float_nan : power);
     scales.factor[i] = float_of(bad ? float_nan : inverse);
-    stored[i] = std::uint8_t(bad ? 255 : exponent + 127);
+    if (stored) stored[i] = std::uint8_t(bad ? 255 : exponent + 127);
   }
 }
 
+// `stored`: where they are also written, from number `at` on; null: nowhere.
 template <class L>
 void find_scales(const BlockPlan& plan, const std::uint32_t* top, std::size_t n,
                  BlockScales& scales, void* stored, std::size_t at) {
-  auto* bytes = static_cast<std::uint8_t*>(stored) + at;
+  auto* bytes = stored ? static_cast<std::uint8_t*>(stored) + at : nullptr;
   if (!plan.by_amax) return powers_of_two(plan, top, n, scales, bytes);
   float* scale = scales.total;
   for (std::size_t i = 0; i < n; ++i) {
@@ -124,9 +125,9 @@ void find_scales(const BlockPlan& plan, const std::uint32_t* top, std::size_t n,
   round_to<L>(scale, scale, n, 0, plan.scale, Rounding::nearest, Key{}, false);
   for (std::size_t i = 0; i < n; ++i)
     scale[i] = top[i] >= float_infinity ? float_of(float_nan) : scale[i];
-  if (plan.scale_is_byte) {
+  if (stored && plan.scale_is_byte) {
     store_scale_bytes(scale, n, bytes);
-  } else {
+  } else if (stored) {
     std::copy_n(scale, n, static_cast<float*>(stored) + at);
   }
   for (std::size_t i = 0; i < n; ++i)

@@ -151,7 +151,7 @@ struct BlockArrays {
   Carrier carrier;      // of numbers, or of out where there are none
   void* out;            // null: only store
   std::uint8_t* values;
-  void* scales;
+  void* scales;               // null: they are not kept
   const std::uint32_t* tops;  // bits of each block's largest magnitude; null: find them
   const float* scale_table;   // what the codes of scales mean
   bool stream;               // write out past the caches

@@ -2,7 +2,7 @@
 
 from halfstep.ops.backends import Backend, Choice, choose, explain
 from halfstep.ops.block_tensor import BlockTensor
-from halfstep.ops.blocks import quantize_blocks, round_blocks
+from halfstep.ops.blocks import block_rounder, quantize_blocks, round_blocks
 from halfstep.ops.convolution import (
     conv1d,
     conv2d,
@@ -15,7 +15,7 @@ from halfstep.ops.counting import count_nonfinite, unscale
 from halfstep.ops.matmul import matmul
 from halfstep.ops.products import multiply
 from halfstep.ops.random_bits import Key, draw_key, random_bits
-from halfstep.ops.rounding import round_to, rounder
+from halfstep.ops.rounding import round_to, rounder, row_rounder
 from halfstep.ops.sparsity import prune_2_4
 from halfstep.ops.stepping import AdamRule, SgdRule, adam_step, sgd_step
 
@@ -27,6 +27,7 @@ __all__ = [
     "Key",
     "SgdRule",
     "adam_step",
+    "block_rounder",
     "choose",
     "conv1d",
     "conv2d",
@@ -45,6 +46,7 @@ __all__ = [
     "round_blocks",
     "round_to",
     "rounder",
+    "row_rounder",
     "sgd_step",
     "unscale",
 ]

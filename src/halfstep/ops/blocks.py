@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from halfstep.errors import OperandError
 from halfstep.format import BlockFormat, Kind, Rounding
+from halfstep.ops import native_blocks
 from halfstep.ops.backends import Backend, choose
 from halfstep.ops.bit_packing import packed_length, stored_as
 from halfstep.ops.block_reference import Parts, scales_shape
@@ -25,9 +28,10 @@ from halfstep.ops.custom import (
     straight_through,
     value_of,
 )
+from halfstep.ops.layout import PLAIN
 from halfstep.ops.random_bits import Key, draw_key
 
-__all__ = ["quantize_blocks", "round_blocks"]
+__all__ = ["block_rounder", "quantize_blocks", "round_blocks"]
 
 
 def quantize_blocks(
@@ -129,6 +133,29 @@ def round_blocks(
             _round_into(out, x, *arguments)
         return out
     return _StraightThrough.apply(x, *arguments) if wants_grad else _rounded(x, *arguments)
+
+
+def block_rounder(format: BlockFormat) -> Callable[[Tensor, int], Tensor]:
+    """A function that gives ``round_blocks(x, format, dim)`` of tensors that have axes, without a graph.
+
+    For callers with many small tensors: what depends on the format alone is decided here.
+    """
+    native_one = native_blocks.rounder(format)
+
+    def rounded(x: Tensor, dim: int) -> Tensor:
+        if (
+            native_one is not None
+            and x.dtype is torch.float32
+            and type(x) in PLAIN
+            and x.is_cpu
+            and not (x.is_neg() or is_functorch_wrapped_tensor(x) or is_traced())
+        ):
+            out = native_one(x, dim)
+            if out is not None:
+                return out
+        return round_blocks(x.detach(), format, dim)
+
+    return rounded
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -71,6 +71,7 @@ __all__ = [
     "refuses_round",
     "round_into",
     "rounder",
+    "row_rounder",
     "unscale",
 ]
 
@@ -185,11 +186,29 @@ def rounder(format: Format) -> Callable[[Tensor], Tensor] | None:
     bits = key.low, key.high, key.used
 
     def rounded(x: Tensor) -> Tensor:
-        out = torch.empty_like(x, requires_grad=False)
+        out = torch.empty_like(x)
         if x.numel():
             memory = x.data_ptr(), carrier, out.data_ptr(), carrier
             kernel(*memory, in_float64, x.numel(), grid, code, *bits, torch.get_num_threads())
         return out
+
+    return rounded
+
+
+def row_rounder(format: Format) -> Callable[[Tensor, Tensor | None], None] | None:
+    """Rounds a matrix where it is, after a row was added; None where there is no kernel of the format.
+
+    What can be decided once is: for contiguous FP32 tensors with memory of their own, and no graph.
+    """
+    if MISSING or not _has_kernel(format) or not holds(torch.float32, format):
+        return None
+    grid, kernel = grid_of(format, Rounding.NEAREST, in_float64=False), _core.round_rows
+
+    def rounded(made: Tensor, row: Tensor | None) -> None:
+        rows, columns = made.shape
+        if rows and columns:
+            added = 0 if row is None else row.data_ptr()
+            kernel(made.data_ptr(), rows, columns, added, grid, torch.get_num_threads())
 
     return rounded
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
@@ -32,7 +32,7 @@ from halfstep.ops.block_reference import Parts, scales_shape
 from halfstep.ops.layout import overlaps
 from halfstep.ops.random_bits import Key
 
-__all__ = ["dequantize_into", "quantize", "refuses", "round_into"]
+__all__ = ["dequantize_into", "quantize", "refuses", "round_into", "rounder"]
 
 _CHUNK = 2048  # elements along an axis that share a scale given beforehand
 _FP32 = Format.parse("fp32")
@@ -88,14 +88,61 @@ def round_into(
     source = x.detach().resolve_neg().contiguous()
     direct = out.is_contiguous() and not out.is_neg() and not overlaps(out, source)
     rounded = out if direct else torch.empty_like(source)
-    known = _look(source, format, layout, dim)
-    scales = torch.empty(scales_shape(x.shape, format, dim), dtype=stored_as(format.scale))
-    _run(source, format, layout, known, rounding, key, out=rounded, scales=scales)
+    one_call = _one_call(format, x.dtype)
+    if one_call is None or not one_call.run(
+        layout,
+        source.data_ptr(),
+        native.CARRIERS[x.dtype],
+        rounded.data_ptr(),
+        source.numel(),
+        native.CODES[rounding],
+        key.low,
+        key.high,
+        torch.get_num_threads(),
+    ):
+        known = _look(source, format, layout, dim)
+        _run(source, format, layout, known, rounding, key, out=rounded)
     if direct:
         torch.autograd.graph.increment_version(out)
     else:
         out.copy_(rounded)
     return None
+
+
+def rounder(format: BlockFormat) -> Callable[[Tensor, int], Tensor | None] | None:
+    """``x`` with blocks along ``dim``, rounded to nearest, in a new tensor; None where there is no kernel.
+
+    For FP32 tensors with memory of their own, and no graph. None for what takes more: axes that do not lie
+    as a contiguous tensor's or, of a matrix, its transpose's; and what the kernels pass on.
+    """
+    one_call = None if refuses(format.element, ()) else _one_call(format, torch.float32)
+    if one_call is None:
+        return None
+    run, carrier, code = (
+        one_call.run,
+        native.CARRIERS[torch.float32],
+        native.CODES[Rounding.NEAREST],
+    )
+    last = (-1, 1)
+
+    @lru_cache(maxsize=1024)
+    def layout_of(shape: torch.Size, dim: int) -> Any:
+        return _layout(shape, format, dim % len(shape), packs=False)
+
+    def rounded(x: Tensor, dim: int) -> Tensor | None:
+        shape, n = x.shape, x.numel()
+        if not x.is_contiguous():
+            if x.dim() != 2 or x.stride() != (1, shape[0]):
+                return None
+            shape, dim = shape[::-1], 0 if dim in last else 1
+        layout = layout_of(shape, dim) if 0 < n < 2**32 and shape else None
+        if layout is None:
+            return None
+        out = torch.empty_like(x)
+        at, to, threads = x.data_ptr(), out.data_ptr(), torch.get_num_threads()
+        return out if run(layout, at, carrier, to, n, code, 0, 0, threads) else None
+
+    return rounded
 
 
 def dequantize_into(out: Tensor, parts: Parts, format: BlockFormat, dim: int) -> None:
@@ -110,9 +157,10 @@ def dequantize_into(out: Tensor, parts: Parts, format: BlockFormat, dim: int) ->
     values, scales = parts.values.contiguous(), parts.scales.contiguous()
     tensor_scale = parts.tensor_scale
     given = float(reference.load_scales(scales, format)) if format.rows == 0 else 0.0
-    plan = _plan(format, out.dtype, float(tensor_scale), given)
     native.core().dequantize_blocks(
-        plan=plan,
+        plan=_plan(format, out.dtype),
+        tensor_scale=float(tensor_scale),
+        given_scale=given,
         layout=layout,
         out=target.data_ptr(),
         carrier=native.CARRIERS[out.dtype],
@@ -203,18 +251,20 @@ def _run(
     rounding: Rounding,
     key: Key,
     *,
-    scales: Tensor,
     out: Tensor | None = None,
     values: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> None:
     native.core().quantize_blocks(
-        plan=_plan(format, x.dtype, float(known.tensor_scale), known.given),
+        plan=_plan(format, x.dtype),
+        tensor_scale=float(known.tensor_scale),
+        given_scale=known.given,
         layout=layout,
         x=x.data_ptr(),
         carrier=native.CARRIERS[x.dtype],
         out=0 if out is None else out.data_ptr(),
         values=0 if values is None else values.data_ptr(),
-        scales=scales.data_ptr(),
+        scales=0 if scales is None else scales.data_ptr(),
         n=x.numel(),
         tops=known.tops.data_ptr(),
         rounding=native.CODES[rounding],
@@ -287,36 +337,39 @@ def _table(format: Format) -> Tensor:
     return values_of(codes, format).float() if format.bits == 8 else codes.float()
 
 
-def _plan(format: BlockFormat, carrier: torch.dtype, tensor_scale: float, given: float) -> Any:
-    fixed = _fixed_part(format, carrier)
-    return native.core().BlockPlan(**fixed, tensor_scale=tensor_scale, given_scale=given)
+@cache
+def _plan(format: BlockFormat, carrier: torch.dtype) -> Any:
+    element = format.element
+    is_float = element.kind is Kind.FLOAT
+    scale = _FP32 if format.scale.bits == 32 or not format.scale.has_zero else format.scale
+    return native.core().BlockPlan(
+        element=native.grid_of(element, Rounding.NEAREST, in_float64=False),
+        element_bits=element.bits,
+        element_bias=element.bias,
+        element_is_fixed=not is_float,
+        element_has_inf=element.has_inf,
+        max_magnitude_code=element.max_magnitude_code if is_float else 0,
+        by_amax=format.rule is ScaleRule.AMAX,
+        exponent=element.max_exponent,
+        carry_from=_carry_from(format),
+        largest=element.max,
+        least_scale=format.smallest_scale,
+        most_scale=format.scale.max,
+        scale=native.grid_of(scale, Rounding.NEAREST, in_float64=False),
+        scale_is_byte=format.scale.bits == 8,
+        carrier=native.grid_of(_NARROW.get(carrier, _FP32), Rounding.NEAREST, in_float64=False),
+    )
 
 
 @cache
-def _fixed_part(format: BlockFormat, carrier: torch.dtype) -> dict[str, Any]:
-    element = format.element
-    is_float = element.kind is Kind.FLOAT
-    return {
-        "element": native.grid_of(element, Rounding.NEAREST, in_float64=False),
-        "element_bits": element.bits,
-        "element_bias": element.bias,
-        "element_is_fixed": not is_float,
-        "element_has_inf": element.has_inf,
-        "max_magnitude_code": element.max_magnitude_code if is_float else 0,
-        "by_amax": format.rule is ScaleRule.AMAX,
-        "exponent": element.max_exponent,
-        "carry_from": _carry_from(format),
-        "largest": element.max,
-        "least_scale": format.smallest_scale,
-        "most_scale": format.scale.max,
-        "scale": native.grid_of(
-            _FP32 if format.scale.bits == 32 or not format.scale.has_zero else format.scale,
-            Rounding.NEAREST,
-            in_float64=False,
-        ),
-        "scale_is_byte": format.scale.bits == 8,
-        "carrier": native.grid_of(_NARROW.get(carrier, _FP32), Rounding.NEAREST, in_float64=False),
-    }
+def _one_call(format: BlockFormat, carrier: torch.dtype) -> Any:
+    """What looks at a tensor and rounds it; None where a single scale is no plain quotient."""
+    plan = _plan(format, carrier)
+    most, _, _, largest = _limits(format)
+    if format.rows == 0:
+        plain = format.rule is ScaleRule.AMAX and format.scale.bits == 32
+        return native.core().BlockRounder(plan, 2, most) if plain else None
+    return native.core().BlockRounder(plan, int(format.has_tensor_scale), largest)
 
 
 def _carry_from(format: BlockFormat) -> int:

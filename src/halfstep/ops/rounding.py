@@ -126,18 +126,40 @@ def rounder(format: Format) -> Callable[[Tensor], Tensor]:
     native_one = native.rounder(format)
 
     def rounded(x: Tensor) -> Tensor:
-        if (
-            native_one is not None
-            and x.dtype is torch.float32
-            and type(x) in PLAIN
-            and x.device.type == "cpu"
-            and x.is_contiguous()
-            and not (x.is_neg() or is_functorch_wrapped_tensor(x))
-        ):
+        if native_one is not None and _is_plain(x):
             return native_one(x)
         return round_to(x.detach(), format)
 
     return rounded
+
+
+def row_rounder(format: Format) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """A function that gives ``round_to(made + round_to(row, format), format)``, written over ``made``.
+
+    ``made`` (M, N) is FP32 and no one else's, ``row`` (N) is FP32, or None; without a graph.
+    """
+    native_one = native.row_rounder(format)
+
+    def rounded(made: Tensor, row: Tensor | None) -> Tensor:
+        if native_one is not None and _is_plain(made) and (row is None or _is_plain(row)):
+            native_one(made, row)
+            return made
+        if row is not None:
+            made.add_(round_to(row.detach(), format))
+        return round_to(made, format, out=made)
+
+    return rounded
+
+
+def _is_plain(x: Tensor) -> bool:
+    """True for an FP32 tensor whose numbers lie one after another in memory of its own."""
+    return (
+        x.dtype is torch.float32
+        and type(x) in PLAIN
+        and x.is_cpu
+        and x.is_contiguous()
+        and not (x.is_neg() or is_functorch_wrapped_tensor(x))
+    )
 
 
 def _with(

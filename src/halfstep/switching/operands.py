@@ -51,7 +51,7 @@ class Site:
 class Operands:
     """Rounds operands to the formats of a recipe; what it keeps from step to step is the histories."""
 
-    __slots__ = ("_formats", "_gradient_rounding", "_store", "hadamard", "histories")
+    __slots__ = ("_formats", "_gradient_rounding", "_in_blocks", "_store", "hadamard", "histories")
 
     def __init__(self, recipe: Recipe) -> None:
         self._store = recipe.store
@@ -59,6 +59,12 @@ class Operands:
         self._gradient_rounding = recipe.gradient_rounding
         self.hadamard = recipe.hadamard
         self.histories = AmaxHistories(recipe.amax_history)
+        self._in_blocks = {
+            role: ops.block_rounder(format)
+            for role, format in self._formats.items()
+            if isinstance(format, BlockFormat)
+            and not (self.histories.window or self.is_stochastic(role))
+        }
 
     def format(self, role: Role) -> Format | BlockFormat:
         """The operand format of a role."""
@@ -87,6 +93,9 @@ class Operands:
         NaN and infinity stay visible: a block that has one is NaN, a saturating format has none.
         """
         format = self._formats[role]
+        in_blocks = self._in_blocks.get(role)
+        if in_blocks is not None and t.dtype is torch.float32 and t.dim() in (1, 2):
+            return in_blocks(t, dim)
         if format == self._store:
             return t.detach().float()
         if not t.is_contiguous() and t.dim() >= 2 and t.mT.is_contiguous():

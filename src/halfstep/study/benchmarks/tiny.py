@@ -17,7 +17,10 @@ from halfstep.study.benchmarks.harness import Ratio, Row, Sense, Target
 __all__ = ["rows"]
 
 _CALLS = 200
-_RECIPES = ("fp16", "fp16-naive")
+_RECIPES = ("fp16", "bf16", "fp16-naive")
+_IN_BLOCKS = ("fp8", "mxfp8", "nvfp4:keep=none,hadamard=0", "int8:keep=none")
+"""Those that the emulator takes: it sees no layers to keep, nor which product is a weight's gradient."""
+_PRODUCTS = ("mm", "linear")
 _EMULATED = 30.0
 """Microseconds that an operation may take beyond plain torch's."""
 
@@ -32,16 +35,12 @@ def rows(*, rounds: int) -> Iterator[Row]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        plain = {name: _microseconds(call, rounds) for name, call in calls.items()}
-        for recipe in _RECIPES:
-            for name, call in calls.items():
-                with halfstep.emulate(recipe):
-                    taken = _microseconds(call, rounds)
-                beyond = [a - statistics.median(plain[name]) for a in taken]
+        for recipe in (*_RECIPES, *_IN_BLOCKS):
+            for name in calls if recipe in _RECIPES else _PRODUCTS:
                 yield _row(
                     f"4x4 {name}, {recipe} emulated",
                     "microseconds beyond plain torch",
-                    beyond,
+                    _beyond(calls[name], recipe, rounds),
                     _EMULATED,
                 )
         for name, (call, bound) in _own(x, y).items():
@@ -70,6 +69,17 @@ def _own(x: Tensor, y: Tensor) -> Mapping[str, tuple[Call, float]]:
         "quantize_blocks mxfp8_e4m3": (lambda: halfstep.quantize_blocks(x, "mxfp8_e4m3"), 60.0),
         "matmul fp16 in fp16": (lambda: halfstep.matmul(x, y), 60.0),
     }
+
+
+def _beyond(call: Call, recipe: str, rounds: int) -> list[float]:
+    """Microseconds that a call takes longer in the emulation than without it, round by round."""
+    beyond: list[float] = []
+    for _ in range(rounds):
+        (plain,) = _microseconds(call, 1)
+        with halfstep.emulate(recipe):
+            (emulated,) = _microseconds(call, 1)
+        beyond.append(emulated - plain)
+    return beyond
 
 
 def _microseconds(call: Call, rounds: int) -> list[float]:

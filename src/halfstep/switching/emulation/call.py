@@ -6,7 +6,7 @@ from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfstep.switching.emulation.numbers import (
     ACTIVATION,
@@ -100,19 +100,12 @@ class Call:
     def _look(self) -> None:
         """Marks of all carriers: what role the results have, and whether they are of the store format."""
         mode = self.mode
-        marks_of, backward = mode.marks.of, self.node is not None
+        backward = self.node is not None
         known = self.known
         role = WEIGHT
         low, marked, others = True, True, False
         for t in self.floats:
-            marks = marks_of(t)
-            if not marks & ROLES:
-                if isinstance(t, nn.Parameter):
-                    marks = mode.met(t, marks)
-                else:
-                    marks |= GRADIENT if backward else ACTIVATION
-                    mode.marks.set(t, marks)
-            known[id(t)] = marks
+            known[id(t)] = marks = mode.seen(t, backward)
             if marks & GRADIENT:
                 role = GRADIENT
             elif marks & ACTIVATION and role is not GRADIENT:

@@ -48,7 +48,20 @@ _ACCUMULATE = "torch::autograd::AccumulateGrad"
 _OWN_NODES = frozenset(("_LayerBackward", "_EnterBackward", "_LeaveBackward", "_RowsBackward"))
 _MARK = "halfstep.low"
 _HOOKED = "halfstep.wide"
+_FP32, _STRIDED = torch.float32, torch.strided
 _DETACH = torch.ops.aten.detach.default
+
+
+try:
+    from torch._C._dynamo.eval_frame import (
+        _FrameAction,
+        _FrameExecStrategy,
+        set_code_exec_strategy,
+    )
+except ImportError:  # a torch that keeps its compiler otherwise: a mode gets what torch gives it
+    _hidden = None
+else:
+    _hidden = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
 
 
 class EmulationMode(TorchDispatchMode):
@@ -72,6 +85,14 @@ class EmulationMode(TorchDispatchMode):
         self._identity = recipe.is_identity
         self.masters_wide = recipe.master.name == "fp32"
         self._limit = float(recipe.store.max)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch is not to wrap the method below in ``torch._dynamo.disable``.
+
+        That takes the compiler in, for a second, and 1 us a call. The compiler is told below.
+        """
+        return _hidden is None
 
     # -- every operation ----------------------------------------------------------------------------
 
@@ -108,6 +129,10 @@ class EmulationMode(TorchDispatchMode):
                 return func(*args, **kwargs)
             if torch.is_grad_enabled() and not self.creates_graph():
                 node = None  # a forward that runs again inside a backward: checkpointing
+        if it.is_matrix_product and not kwargs:
+            made = self._matrix_product(args, node is not None)
+            if made is not None:
+                return made
         call = Call(self, it, args, kwargs, node)
         if call.is_left_alone:
             out = func(*args, **kwargs)
@@ -142,6 +167,17 @@ class EmulationMode(TorchDispatchMode):
                 if node is not None and node.name() == _ACCUMULATE:
                     self.marks.set(t, self.leaf_marks)  # what p.grad becomes
         return it.run(*args, **kwargs)
+
+    def seen(self, t: Tensor, backward: bool) -> int:
+        """The marks of a carrier; one that has no role gets the one that it has here."""
+        marks = self.marks.of(t)
+        if marks & ROLES:
+            return marks
+        if isinstance(t, nn.Parameter):
+            return self.met(t, marks)
+        marks |= GRADIENT if backward else ACTIVATION
+        self.marks.set(t, marks)
+        return marks
 
     def met(self, weight: Tensor, marks: int) -> int:
         """The marks of a parameter; one that the recipe does not keep in FP32 is rounded where it is met."""
@@ -212,29 +248,46 @@ class EmulationMode(TorchDispatchMode):
 
     # -- kinds --------------------------------------------------------------------------------------
 
-    def _matrix_product(self, call: Call, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-        """The commonest products, without what the others need: see `_dot`."""
-        marks_of = call.marks_of
-        *bias, a, b = call.args
-        a = a if marks_of(a) & LOW else rounded(a)
-        b = b if marks_of(b) & LOW else rounded(b)
-        made = wide_product(a, b, self.accumulate)
-        for c in bias:
-            made.add_(c if marks_of(c) & (LOW | WIDE) else rounded(c))
-        made = rounded(made)
-        self.marks.set(made, call.role | LOW)
+    def _matrix_product(self, args: tuple[Any, ...], backward: bool) -> Tensor | None:
+        """What `_dot` gives for FP32 matrices and perhaps a bias, at less cost; None where it takes more."""
+        for t in args:
+            if t.dtype is not _FP32 or t.layout is not _STRIDED:
+                return None
+        known = [self.seen(t, backward) for t in args]
+        *bias, a, b = args
+        of_bias, of_a, of_b = known[0], known[-2], known[-1]
+        role, scale = ACTIVATION, 1.0
+        if (of_bias | of_a | of_b) & GRADIENT:
+            role, scale = GRADIENT, self.scale()
+            if scale != 1.0 and self.accumulate is not FP32_SUMS:
+                return None  # which sums what the scaled program has
+        if bias and bias[0].dim() != 1:
+            return None
+        if not (backward or self.stores_all):
+            for t, marks in zip(args, known, strict=True):
+                if t.requires_grad and not (self.masters_wide and marks & WEIGHT):
+                    self.remember(t, marks)
+        numbers = self.numbers
+        reads = numbers.reads
+        made = wide_product(
+            reads[of_a & (ROLES | LOW)](a, -1, scale if of_a & GRADIENT else 1.0),
+            reads[of_b & (ROLES | LOW)](b, -2, scale if of_b & GRADIENT else 1.0),
+            self.accumulate,
+        )
+        if made.dtype is not _FP32:
+            return None  # a sum of more digits
+        if scale == 1.0 and not (bias and of_bias & WIDE):
+            made = numbers.store(made, bias[0] if bias else None)
+        else:
+            for t in bias:
+                low = of_bias & (LOW | WIDE)
+                made.add_(t if low else numbers.stored(t, scale if of_bias & GRADIENT else 1.0))
+            made = numbers.stored(made, scale)
+        self.marks.set(made, role | LOW)
         return made
 
     def _dot(self, call: Call, summed: tuple[int, ...] = ()) -> Any:
         numbers, it = self.numbers, call.it
-        if (
-            numbers.read is not None
-            and it.name in ("mm", "addmm")
-            and call.scale == 1.0
-            and not (call.kwargs or call.has_double)
-            and (it.name == "mm" or call.args[0].dim() == 1)
-        ):
-            return self._matrix_product(call, numbers.read)
         wanted = torch.float64 if call.has_double else torch.float32
         gradients = 0
         dims = iter(summed or it.summed)
@@ -358,6 +411,9 @@ def _divided(made: Any, scale: float) -> Any:
         return made / scale
     return tuple(None if t is None else t / scale for t in made)
 
+
+if _hidden is not None:
+    set_code_exec_strategy(EmulationMode.__torch_dispatch__.__code__, _hidden)
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 

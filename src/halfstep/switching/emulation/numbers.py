@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from halfstep import ops
-from halfstep.format import BlockFormat, Format
+from halfstep.format import Format
 from halfstep.recipe import Recipe
 from halfstep.switching.operands import Operands, Role, Site
 
@@ -85,48 +85,65 @@ class Numbers:
     ``dtype`` is torch's dtype of the store format, or FP32 where torch has none.
     """
 
-    __slots__ = ("_operands", "_reads", "_store", "dtype", "identity", "read", "recipe", "store")
+    __slots__ = ("_format", "_operands", "_rows", "_store", "dtype", "identity", "reads", "recipe")
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.store = recipe.store
+        self._format = recipe.store
         self.dtype: torch.dtype = _DTYPES.get(recipe.store.name, torch.float32)
         self.identity = recipe.store.name == "fp32"
         self._operands = Operands(recipe)
-        self._store = _rounder(self.store, self.dtype)
-        # role -> how a dot product reads it; None where blocks or random bits are to be decided a call
-        self._reads = {mark: self._reader(role) for mark, role in _ROLES.items()}
-        same = not self.identity and all(read == self.stored for read in self._reads.values())
-        self.read = self._store if same else None
-        """Rounds to the store format, where operands of every role are read in it; else None."""
+        self._store = _rounder(self._format, self.dtype)
+        self._rows = ops.row_rounder(self._format)
+        self.reads: dict[int, Callable[[Tensor, int, float], Tensor]] = {}
+        """By role, and whether it is of the store format: how a dot product reads it; see `operand`."""
+        for mark, role in _ROLES.items():
+            self.reads[mark] = self._reader(role)
+            same = self._operands.format(role) == self._format
+            self.reads[mark | LOW] = _as_it_is if same else self.reads[mark]
 
-    def _reader(self, role: Role) -> Callable[[Tensor, float], Tensor] | None:
+    def _reader(self, role: Role) -> Callable[[Tensor, int, float], Tensor]:
         format = self._operands.format(role)
-        if format == self.store:
-            return self.stored
+        if format == self._format:
+            return lambda t, dim, scale: self.stored(t, scale)
         if str(format) == "fp32":
-            return lambda t, scale: t
-        if isinstance(format, BlockFormat) or self._operands.is_stochastic(role):
-            return None
-        rounded = _rounder(format, torch.float32)
-        return lambda t, scale: _scaled(rounded, t, scale)
+            return _as_it_is
+        if self._operands.is_stochastic(role):
+            return lambda t, dim, scale: self._rounded(t, role, dim, scale)
+        if isinstance(format, Format):
+            rounded = _rounder(format, torch.float32)
+            return lambda t, dim, scale: _scaled(rounded, t, scale)
+        in_blocks = ops.block_rounder(format)
 
-    def stored(self, t: Tensor, scale: float = 1.0) -> Tensor:
-        """``t`` rounded to the store format; ``t * scale`` is what is rounded, and divided out again."""
-        return t if self.identity else _scaled(self._store, t, scale)
+        def plain(t: Tensor, dim: int, scale: float) -> Tensor:
+            if scale == 1.0 and t.dtype is torch.float32:
+                return in_blocks(t, dim)
+            return self._rounded(t, role, dim, scale)
 
-    def operand(self, t: Tensor, marks: int, dim: int, scale: float = 1.0) -> Tensor:
-        """``t`` as a dot product that sums over ``dim`` reads it: rounded to the format of its role."""
-        read = self._reads[marks & ROLES]
-        if read is not None:
-            return t if marks & LOW and read == self.stored else read(t, scale)
+        return plain
+
+    def _rounded(self, t: Tensor, role: Role, dim: int, scale: float) -> Tensor:
+        """In blocks, or by random bits."""
         x = t if scale == 1.0 else t * scale
-        role = _ROLES[marks & ROLES]
         if t.dtype is torch.float64 and isinstance(format := self._operands.format(role), Format):
             y = ops.round_to(x.detach(), format)
         else:
             y = self._operands.rounded(x, role, dim, _SITE)
         return y if scale == 1.0 else y / scale
+
+    def stored(self, t: Tensor, scale: float = 1.0) -> Tensor:
+        """``t`` rounded to the store format; ``t * scale`` is what is rounded, and divided out again."""
+        return t if self.identity else _scaled(self._store, t, scale)
+
+    def store(self, made: Tensor, bias: Tensor | None) -> Tensor:
+        """An FP32 matrix, with a rounded bias added to its rows, in the store format; written over."""
+        if self.identity:
+            return made if bias is None else made.add_(bias)
+        return self._rows(made, bias)
+
+    def operand(self, t: Tensor, marks: int, dim: int, scale: float = 1.0) -> Tensor:
+        """``t`` as a dot product that sums over ``dim`` reads it: rounded to the format of its role."""
+        return self.reads[marks & (ROLES | LOW)](t, dim, scale)
 
     @property
     def ignores_axes(self) -> bool:
@@ -136,6 +153,10 @@ class Numbers:
     def master(self, t: Tensor) -> Tensor:
         """``t`` rounded to the format that weights are kept in."""
         return ops.round_to(t.detach(), self.recipe.master)
+
+
+def _as_it_is(t: Tensor, dim: int, scale: float) -> Tensor:
+    return t
 
 
 def _rounder(format: Format, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
