@@ -315,29 +315,28 @@ def refuses_count(format: Format | None, tensors: Sequence[Tensor]) -> str:
 
 def count_nonfinite(tensors: Sequence[Tensor]) -> list[int]:
     """How many elements of each tensor are infinite or NaN; see `halfstep.ops.count_nonfinite`."""
-    counts = [0] * len(tensors)
-    ours: list[int] = []
+    arrays: list[int] = []
+    sizes: list[int] = []
+    carriers: list[int] = []
     others: list[int] = []
-    for index, tensor in enumerate(tensors):
-        takes = (
-            type(tensor) in PLAIN
-            and tensor.device.type == "cpu"
-            and tensor.dtype in CARRIERS
-            and tensor.is_contiguous()
-        )
-        (ours if takes else others).append(index)
-    found = _core.count_nonfinite(
-        [tensors[i].data_ptr() for i in ours],
-        [tensors[i].numel() for i in ours],
-        [CARRIERS[tensors[i].dtype] for i in ours],
-        torch.get_num_threads(),
-    )
-    for index, count in zip(ours, found, strict=True):
-        counts[index] = count
+    for index, tensor in enumerate(tensors):  # after every backward, for every parameter
+        carrier = CARRIERS.get(tensor.dtype, -1)
+        if (
+            carrier < 0
+            or type(tensor) not in PLAIN
+            or not tensor.is_cpu
+            or not tensor.is_contiguous()
+        ):
+            others.append(index)
+        else:
+            arrays.append(tensor.data_ptr())
+            sizes.append(tensor.numel())
+            carriers.append(carrier)
+    counts: list[int] = _core.count_nonfinite(arrays, sizes, carriers, torch.get_num_threads())
     if others:
         found = reference.count_nonfinite([tensors[i] for i in others])
         for index, count in zip(others, found, strict=True):
-            counts[index] = count
+            counts.insert(index, count)
     return counts
 
 

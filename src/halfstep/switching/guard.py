@@ -178,9 +178,14 @@ class Guard:
         """max |gradient| where the owner's scale follows it; not finite after an overflow."""
         if not owner.ledger.loss_scale.weighs:
             return 0.0
-        grads = [_values(h.parameter.grad) for h in self._held()]
+        grads = self._gradients()
         largest = float(torch.stack(torch._foreach_norm(grads, math.inf)).max()) if grads else 0.0  # pyright: ignore
         return owner.ranks().largest(largest)
+
+    def _gradients(self) -> list[Tensor]:
+        """The numbers of their gradients, in the order of `_held`."""
+        groups = self.optimizer.param_groups
+        return [_values(g) for of in groups for p in of["params"] if (g := p.grad) is not None]
 
     def _held(self) -> list[_Held]:
         """The parameters that the optimizer holds now and has a gradient for."""
@@ -196,11 +201,9 @@ class Guard:
 
     def _on_device(self) -> bool:
         """True where the optimizer can be told on the device to skip: fused, on CUDA, FP32 masters."""
-        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         return (
-            fused
-            and all(p.is_cuda for p in parameters)
+            getattr(self.optimizer, "_step_supports_amp_scaling", False)
+            and all(p.is_cuda for group in self.optimizer.param_groups for p in group["params"])
             and all(owner.defers() for owner in self._owners)
         )
 
@@ -241,12 +244,15 @@ class Guard:
         """
         owners = [owner for owner in self._owners if owner.guarded]
         ledgers = [owner.ledger for owner in owners]
-        ranks = functools.reduce(operator.or_, (owner.ranks() for owner in owners), Ranks())
+        ranks = functools.reduce(operator.or_, (owner.ranks() for owner in owners))
         try:
-            loss_error = _loss_error(ledgers)
-            held = self._held()
-            counts = ops.count_nonfinite([_values(h.parameter.grad) for h in held])
-            nonfinite = [(h, n) for h, n in zip(held, counts, strict=True) if n]
+            loss_error = None
+            for ledger in ledgers:
+                loss_error = loss_error or ledger.loss_error()
+            nonfinite: list[tuple[_Held, int]] = []
+            counts = ops.count_nonfinite(self._gradients())
+            if any(counts):
+                nonfinite = [(h, n) for h, n in zip(self._held(), counts, strict=True) if n]
             lost, overflown = loss_error is not None, bool(nonfinite)
             if ranks:
                 first_lost, first_overflown = ranks.first_with([lost, overflown])
@@ -341,15 +347,6 @@ class _Held(NamedTuple):
         """Its name in a model, or else its place in the optimizer."""
         place = place_of(self.optimizer, self.group, self.index)
         return known.get(id(self.parameter), place)
-
-
-def _loss_error(ledgers: Iterable[Ledger]) -> NonFiniteError | None:
-    try:
-        for ledger in ledgers:
-            ledger.check_losses()
-    except NonFiniteError as error:
-        return error
-    return None
 
 
 def _names(owner: Owner, held: Iterable[_Held]) -> list[str]:

@@ -95,11 +95,13 @@ class Ledger:
             self._losses.clear()
             self._judged = False
         self._tasks.append(task)
-        self._losses.extend(r.detach() for r in engine.roots() if r.numel() == 1)
+        for root in engine.roots():
+            if root.numel() == 1:
+                self._losses.append(root.detach())
 
-    def check_losses(self) -> None:
-        """Raise `NonFiniteError` where the loss of a backward that the next step is about is inf or NaN."""
-        _check_losses(self._losses)
+    def loss_error(self) -> NonFiniteError | None:
+        """The error where the loss of a backward that the next step is about is inf or NaN."""
+        return _loss_error(self._losses)
 
     # -- steps ----------------------------------------------------------------------------------------
 
@@ -181,7 +183,9 @@ class Ledger:
                 named = zip(step.names(), norms, strict=True)
                 nonfinite = {name: 1 for name, norm in named if not math.isfinite(norm)}
             try:
-                _check_losses(step.losses)
+                error = _loss_error(step.losses)
+                if error is not None:
+                    raise error
                 if nonfinite and self.exhausted():
                     raise NonFiniteError(not_finite_at_floor(nonfinite, self.gate.scale))
             except NonFiniteError as error:
@@ -226,15 +230,16 @@ class Ledger:
 _live: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
 
-def _check_losses(losses: Iterable[Tensor]) -> None:
-    """Raise `NonFiniteError` for a loss that is inf or NaN."""
+def _loss_error(losses: Iterable[Tensor]) -> NonFiniteError | None:
+    """The error for a loss that is inf or NaN."""
     for loss in losses:
         value = loss.item()
         if not math.isfinite(abs(value)):
-            raise NonFiniteError(
+            return NonFiniteError(
                 f"the loss itself is not finite ({value}): no loss scale mends that. The step "
                 "was not applied. Look at the batch, the learning rate, or the model's output"
             )
+    return None
 
 
 def not_finite_at_floor(nonfinite: dict[str, int], scale: float) -> str:

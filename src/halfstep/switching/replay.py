@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from halfstep.recipe import Recipe
 from halfstep.switching import overrides
-from halfstep.switching.boundary import Gate, leave
+from halfstep.switching.boundary import OUTWARD, Gate, leave
 from halfstep.switching.inspection import Finding, Inspection, first_bad_row, is_finite
 from halfstep.switching.met import Met
 from halfstep.switching.plan import Plan, make_plan
@@ -43,9 +43,10 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     random: list[Tensor]
-    bytes: int
     step: int
     grads: dict[int, Tensor] = field(default_factory=dict)
+    bytes: int = 0
+    """What is kept alive: gradients, and its inputs once another forward came after it."""
 
 
 class Recorder:
@@ -58,45 +59,61 @@ class Recorder:
         self, module: nn.Module, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step: int
     ) -> _Call:
         """Remember a forward of the step that comes after ``step`` others; earlier steps' are dropped."""
-        if self._calls and self._calls[-1].step != step:
-            self._calls.clear()
-        random = [torch.get_rng_state()]
+        calls = self._calls
+        if calls and calls[-1].step != step:
+            calls.clear()
+        random = [torch.default_generator.get_state()]
         given = _flat(args, kwargs)
         if given and given[0].is_cuda:
             random.append(torch.cuda.get_rng_state(given[0].device))
-        size = sum(t.nbytes for t in given)
-        noted = _Call(
-            module=module,
-            call=call,
-            args=args,
-            kwargs=kwargs,
-            random=random,
-            bytes=size,
-            step=step,
-        )
-        self._calls.append(noted)
+        noted = _Call(module=module, call=call, args=args, kwargs=kwargs, random=random, step=step)
+        if calls:
+            calls[-1].bytes += sum(t.nbytes for t in _flat(calls[-1].args, calls[-1].kwargs))
+        calls.append(noted)
         self._trim()
         return noted
 
-    def await_gradients(self, noted: _Call, outputs: Any) -> None:
-        """Have the gradients that come to ``outputs`` remembered too."""
+    def await_gradients(
+        self, noted: _Call, outputs: Any, on_backward: Callable[[], None] | None
+    ) -> None:
+        """Have the gradients that come to ``outputs`` remembered too.
+
+        ``on_backward`` is called when one comes, but for outputs whose own boundary tells of it: one hook
+        costs less than two.
+        """
         weak = weakref.ref(noted)
         for k, out in enumerate(_flat((outputs,), {})):
-            if out.grad_fn is not None:
-                out.grad_fn.register_prehook(functools.partial(self._arrived, weak, k))
+            node = out.grad_fn
+            if node is not None:
+                tell = None if isinstance(node, OUTWARD) else on_backward
+                node.register_prehook(functools.partial(self._arrived, weak, k, tell))
 
-    def _arrived(self, weak: weakref.ref[_Call], k: int, grads: tuple[Tensor | None, ...]) -> None:
+    def _arrived(
+        self,
+        weak: weakref.ref[_Call],
+        k: int,
+        on_backward: Callable[[], None] | None,
+        grads: tuple[Tensor | None, ...],
+    ) -> None:
+        if on_backward is not None:
+            on_backward()
         noted, grad = weak(), grads[0]
-        if noted is None or grad is None or k in noted.grads or noted.bytes + grad.nbytes > _BYTES:
+        if noted is None or grad is None or k in noted.grads:
+            return
+        size = grad.nbytes
+        if noted.bytes + size > _BYTES:
             return
         noted.grads[k] = grad.detach()
-        noted.bytes += grad.nbytes
+        noted.bytes += size
         self._trim()
 
     def _trim(self) -> None:
-        size = sum(call.bytes for call in self._calls[:-1])
-        while len(self._calls) > 1 and (size > _BYTES or len(self._calls) > _CALLS):
-            size -= self._calls.pop(0).bytes
+        calls = self._calls
+        if len(calls) < 2:
+            return
+        size = sum(call.bytes for call in calls[:-1])
+        while len(calls) > 1 and (size > _BYTES or len(calls) > _CALLS):
+            size -= calls.pop(0).bytes
 
     def calls(self) -> list[_Call]:
         """Those remembered, in order."""

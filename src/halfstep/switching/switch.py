@@ -353,9 +353,10 @@ class Switch(Checkpointed, Audited):
                         schedule.restart()
                     if schedule.due(graph_shape(region, out)):
                         region.check_graph(out, region, ())
-                left = map_tensors(out, lambda t: self._leave(t, region))
+                left = map_tensors(out, lambda t: self._leave(t, region, noted is not None))
                 if noted is not None:
-                    self.recorder.await_gradients(noted, left)
+                    hear = None if self._scaled else self.ledger.note_backward
+                    self.recorder.await_gradients(noted, left, hear)
                 return left
 
             if has_hooks_after_forward(module):
@@ -385,7 +386,7 @@ class Switch(Checkpointed, Audited):
                 return enter(t, self._gate, dtype)
         return t.to(dtype)
 
-    def _leave(self, t: Tensor, region: Region) -> Tensor:
+    def _leave(self, t: Tensor, region: Region, heard: bool = False) -> Tensor:
         dtype = torch.float32 if t.dtype in _NARROW else t.dtype
         if t.grad_fn is None or torch.is_inference_mode_enabled():
             return t.to(dtype)
@@ -395,11 +396,9 @@ class Switch(Checkpointed, Audited):
             if self._scaled:
                 return leave(t, region.gate, dtype)
             out = t.to(dtype)
-            out.grad_fn.register_prehook(self._note_backward)  # pyright: ignore[reportOptionalMemberAccess]
+            if not heard and out.grad_fn is not None:
+                out.grad_fn.register_prehook(lambda grads: self.ledger.note_backward())
             return out
-
-    def _note_backward(self, grads: Any) -> None:
-        self.ledger.note_backward()
 
     def _check_graph(self, module: nn.Module, out: Any, region: Region, given: Any) -> None:
         names = self.names()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["WORKLOADS", "Workload", "cnn", "lstm", "small_layers", "transformer"]
+__all__ = ["WORKLOADS", "Workload", "cnn", "lstm", "small_layers", "three_layers", "transformer"]
 
 VOCABULARY = 1000
 CLASSES = 10
@@ -157,6 +157,20 @@ def small_layers() -> Workload:
         description="150 linear layers of 16x16, B=32",
         model=nn.Sequential(*layers, nn.Linear(16, CLASSES)),
         inputs=torch.randn(32, 16),
+        targets=torch.randint(CLASSES, (32,)),
+    )
+
+
+def three_layers() -> Workload:
+    """Three linear layers whose step takes about a millisecond: what a step costs beside a short one."""
+    torch.manual_seed(0)
+    return Workload(
+        name="three layers",
+        description="linear layers 128-128-128-10, B=32",
+        model=nn.Sequential(
+            nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, CLASSES)
+        ),
+        inputs=torch.randn(32, 128),
         targets=torch.randint(CLASSES, (32,)),
     )
 

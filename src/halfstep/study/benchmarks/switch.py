@@ -16,7 +16,7 @@ from torch import nn
 
 import halfstep
 from halfstep.study.benchmarks.harness import Clock, Ratio, Row, Sense, Target, interleave, ratio
-from halfstep.study.benchmarks.models import WORKLOADS, Workload, small_layers
+from halfstep.study.benchmarks.models import WORKLOADS, Workload, small_layers, three_layers
 
 __all__ = ["FP32", "Comparison", "Step", "fp32_step", "rows", "switched_step"]
 
@@ -25,6 +25,7 @@ AUTOCAST_BF16 = "autocast bf16"
 AUTOCAST_FP16 = "autocast fp16"
 SWITCH_BF16 = "halfstep bf16"
 SWITCH_FP16 = "halfstep fp16"
+WITHOUT_REPLAY = "halfstep bf16 that keeps nothing to run again"
 
 Step = Callable[[], None]
 
@@ -87,6 +88,11 @@ def rows(*, device: str = "cpu", rounds: int = 15, clock: Clock = Clock.WALL) ->
     comparison = Comparison(case=SWITCH_BF16, against=AUTOCAST_BF16, target=target)
     # Steps of milliseconds: many rounds cost nothing.
     seconds = _race(workload, (comparison,), device=device, rounds=10 * rounds, clock=clock)
+    yield comparison.row(workload, seconds)
+    workload = three_layers()
+    target = Target(sense=Sense.AT_MOST, bound=1.02)
+    comparison = Comparison(case=SWITCH_BF16, against=WITHOUT_REPLAY, target=target)
+    seconds = _race(workload, (comparison,), device=device, rounds=40 * rounds, clock=clock)
     yield comparison.row(workload, seconds)
 
 
@@ -163,6 +169,14 @@ def switched_step(workload: Workload, *, recipe: str) -> Step:
     return _plain(workload, optimizer)
 
 
+def _without_replay(workload: Workload) -> Step:
+    """A step whose forward could not be run again to find what was not finite."""
+    optimizer = _optimizer(workload.model)
+    switch = halfstep.switch(workload.model, optimizer, recipe="bf16")
+    switch.recorder.note = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
+    return _plain(workload, optimizer)
+
+
 def _autocast(workload: Workload, *, dtype: torch.dtype) -> Step:
     """The step as users write it by hand, with torch's scaler where the format needs one."""
     optimizer = _optimizer(workload.model)
@@ -186,4 +200,5 @@ _CONTESTANTS: dict[str, Callable[[Workload], Step]] = {
     AUTOCAST_FP16: partial(_autocast, dtype=torch.float16),
     SWITCH_BF16: partial(switched_step, recipe="bf16"),
     SWITCH_FP16: partial(switched_step, recipe="fp16"),
+    WITHOUT_REPLAY: _without_replay,
 }
