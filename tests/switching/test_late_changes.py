@@ -1,7 +1,5 @@
 """What comes after the switch: modules and parameters added or replaced, and leaks that begin late."""
 
-import re
-
 import pytest
 import torch
 from torch import nn
@@ -131,7 +129,7 @@ def test_what_is_added_or_replaced_later_takes_part(change, calls):
         assert_close(got, wanted, recipe, 4 * PER_LAYER)
 
 
-def test_a_module_made_inside_forward_is_an_error_in_that_forward_and_right_after():
+def test_a_module_made_inside_forward_is_right_in_that_forward_and_after():
     class Late(Net):
         def forward(self, x):
             if not hasattr(self, "head"):
@@ -141,10 +139,10 @@ def test_a_module_made_inside_forward_is_an_error_in_that_forward_and_right_afte
     model = Late()
     optimizer = sgd(model)
     halfstep.switch(model, optimizer, RECIPE)
-    with pytest.raises(ScaledGradientError, match=r"parameter head\.(weight|bias)"):
-        model(X)
-    mse(model(X)).backward()
-    assert model.head.weight.grad.norm() < 10
+    for _ in range(2):
+        mse(model(X)).backward()
+        assert 0.01 < model.head.weight.grad.norm() < 10
+        model.head.weight.grad = None
 
 
 def test_a_model_that_has_no_shapes_yet_is_refused_and_left_as_it_was():
@@ -195,14 +193,16 @@ class LateSwap(Late):
 
 @pytest.mark.parametrize("after", [5, 17, 40])
 @pytest.mark.parametrize("make", [LateParameter, LateSwap])
-def test_a_leak_that_begins_late_is_seen_in_the_call_in_which_it_begins(make, after):
+def test_a_leak_that_begins_late_is_mended_from_the_call_on_in_which_it_begins(make, after):
     model = make()
     model.after = after
     halfstep.switch(model, sgd(model), RECIPE)
     for _ in range(after):
         model(X)
-    with pytest.raises(ScaledGradientError, match=re.escape("hidden[0]")):
-        model(X)
+    for _ in range(5):
+        model.hidden[0].grad = None
+        mse(model(X)).backward()
+        assert 0.01 < model.hidden[0].grad.norm() < 10
 
 
 @pytest.mark.parametrize("after", [5, 17, 40])

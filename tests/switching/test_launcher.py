@@ -429,3 +429,27 @@ def test_a_compiled_model_is_one_model(launch, order):
     launch("bf16")
     assert found == losses(False)
     assert found != wanted
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.LBFGS])
+def test_a_first_step_whose_closure_finds_the_model_is_guarded_like_the_others(launch, kind):
+    """Lightning's: the model is called, and switched, when the optimizer's step has begun."""
+    launcher = launch("fp16:initial=16777216")
+    model = net()
+    optimizer = kind(model.parameters(), lr=0.01)
+    x, y = 50 * torch.randn(64, 4), torch.randint(2, (64,))
+    losses = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert losses[-1] < losses[0]
+    (run,) = launcher.summary().models
+    assert run.skipped > 0

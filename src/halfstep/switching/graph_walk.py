@@ -1,20 +1,24 @@
-"""No gradient leaves scaled, none enters unscaled: the autograd graph is walked to see that.
+"""No gradient leaves scaled, none enters unscaled: the autograd graph is walked to see to that.
 
 A gradient inside the region is multiplied by the loss scale. Should the graph reach a tensor outside by
 any way but the boundary, its gradient would be wrong by the scale with no other sign of it: the one
-failure that the design must make impossible.
+failure that the design must make impossible. Where it does, the node at that place is given a hook that
+divides by the scale, or multiplies; what cannot be mended so is an error (docs/decisions/0055).
 
 From the loss to the boundary every backward is walked. The region's own graph is walked on first calls,
 after every change of the module tree, on calls 2, 4, 8, 16 ..., and whenever it has another shape than
 those that were walked before: another number of nodes, or outputs of other dtypes. An FP32 tensor that
 comes in past the boundary shows in one or the other: it is cast by the operation that reads it, which
-makes a node, or makes that operation's result FP32, up to the next cast or the output.
+makes a node, or makes that operation's result FP32, up to the next cast or the output. Where one was
+found, every call is walked from then on.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,9 +27,18 @@ import torch
 from torch import Tensor
 
 from halfstep.errors import ScaledGradientError
-from halfstep.switching.boundary import INWARD, OUTWARD, Gate
+from halfstep.switching.boundary import INWARD, OUTWARD, Gate, scaled, unscaled
 
-__all__ = ["Intervals", "Schedule", "check_forward", "check_roots", "check_wanted", "has_left"]
+__all__ = [
+    "Intervals",
+    "Schedule",
+    "check_wanted",
+    "has_left",
+    "is_backward_of",
+    "is_outside",
+    "mend_forward",
+    "mend_roots",
+]
 
 _SHAPES_KEPT = 4096
 
@@ -45,12 +58,20 @@ def _held_by_the_graph_only() -> int:
 _GRAPH_ONLY = _held_by_the_graph_only()
 
 
-class Schedule:
-    """True on the first calls, after `restart`, for each new shape, and then ever more rarely."""
+_all: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The `Intervals` of all switches."""
 
-    __slots__ = ("_calls", "_shapes")
+
+class Schedule:
+    """True on the first calls, after `restart`, for each new shape, and then ever more rarely.
+
+    Always where ``leaks``: a way past the boundary was found.
+    """
+
+    __slots__ = ("_calls", "_shapes", "leaks")
 
     def __init__(self) -> None:
+        self.leaks = False
         self._calls = 0
         self._shapes: set[object] = set()
 
@@ -67,7 +88,7 @@ class Schedule:
                 self._shapes.clear()
             self._shapes.add(shape)
             return True
-        return self._calls <= 3 or self._calls & (self._calls - 1) == 0
+        return self.leaks or self._calls <= 3 or self._calls & (self._calls - 1) == 0
 
 
 class Intervals(threading.local):
@@ -77,6 +98,7 @@ class Intervals(threading.local):
     """
 
     def __init__(self, keep: int = 4096) -> None:
+        _all.add(self)
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._keep = keep
@@ -93,7 +115,7 @@ class Intervals(threading.local):
         return k >= 0 and number < self._ends[k]
 
 
-def check_forward(
+def mend_forward(
     outputs: Iterable[Tensor],
     *,
     gate: Gate,
@@ -101,56 +123,123 @@ def check_forward(
     inside: Intervals,
     inputs: Iterable[Tensor],
     where: str,
-    describe: Callable[[Tensor], str],
-) -> None:
-    """Raise `ScaledGradientError` where the region's graph reaches out of it past the boundary.
+) -> bool:
+    """Have the gradients that leave a region past its boundary leave unscaled; True where there are any.
 
-    ``first_node`` is the number at which this region's nodes begin. Nodes ``inside`` earlier regions of the
-    same switch are scaled alike (a state kept from one forward to the next). ``inputs`` are leaves whose
-    gradient is meant to stay scaled: what a checkpointed function was given.
+    They are those of leaves that forward reached itself (a parameter in a list, a closure, another object),
+    of tensors computed outside that are no input, and of outputs of earlier forwards. ``first_node`` is the
+    number at which this region's nodes begin. Nodes ``inside`` earlier regions of the same switch are scaled
+    alike (a state kept from one forward to the next). ``inputs`` are leaves whose gradient is meant to stay
+    scaled: what a checkpointed function was given.
+
+    Raises:
+        ScaledGradientError: beyond such a tensor the graph comes into a region again by another way than its
+            outputs.
     """
     known = {id(t) for t in inputs}
     seen: set[Any] = set()
     # A tensor that has left already may be an output: it is not made to leave again.
-    stack = [t.grad_fn for t in outputs if t.grad_fn is not None and not has_left(t)]
+    starts = (t.grad_fn for t in outputs if t.grad_fn is not None and not has_left(t))
+    stack = [n for n in starts if not (isinstance(n, INWARD) or is_outside(n, first_node, inside))]
+    mended = False
     while stack:
         node: Any = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        if isinstance(node, INWARD) and node.gate is gate:
+        for k, (following, _) in enumerate(node.next_functions):
+            if following is None or _stays_scaled(following, known):
+                continue
+            if isinstance(following, INWARD):
+                if following.gate is gate:
+                    continue
+                raise ScaledGradientError(
+                    f"{where}: forward used a working copy of another switched model: its gradient would be "
+                    "divided by two loss scales. Read that model's parameter outside of its forward"
+                )
+            if not is_outside(following, first_node, inside):
+                stack.append(following)
+                continue
+            mended = True
+            _check_outside(following, where)
+            _mend(node, k, functools.partial(_leave_by, gate, where))
+    return mended
+
+
+def _leave_by(gate: Gate, where: str, grad: Tensor | None) -> Tensor | None:
+    """``grad`` as it leaves past the boundary; a graph of it would lead to that leaf again, unmended."""
+    if torch.is_grad_enabled():
+        raise ScaledGradientError(
+            f"{where}: a second derivative (create_graph=True) of a forward that used a tensor past its "
+            "boundary: a parameter that is in no module of the switched model, parameters() read inside "
+            "forward, or a tensor computed outside. Make it a parameter of a module in the model, or pass "
+            "it to forward as an input"
+        )
+    return None if grad is None else unscaled(grad, gate).to(grad.dtype)
+
+
+def _enter_by(gate: Gate, grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else scaled(grad, gate, grad.dtype)
+
+
+def _stays_scaled(node: Any, known: set[int]) -> bool:
+    """True for leaves whose gradient no one reads unscaled: those ``known``, and those made inside forward
+    that nothing but the graph holds.
+    """
+    leaf = getattr(node, "variable", None)
+    if leaf is None:
+        return False
+    if id(leaf) in known:
+        return True
+    kind = type(leaf)
+    del leaf
+    return kind is Tensor and _references(node) <= _GRAPH_ONLY
+
+
+def is_outside(node: Any, first_node: int, inside: Intervals) -> bool:
+    """True for a graph node that was not made in the region whose first is ``first_node``, nor ``inside``."""
+    if getattr(node, "variable", None) is not None or isinstance(node, OUTWARD):
+        return True
+    number = node._sequence_nr()
+    return number < first_node and number not in inside
+
+
+def is_backward_of(inside: Intervals) -> bool:
+    """True while the backward of a node ``inside`` runs on this thread: what it is given is scaled."""
+    node: Any = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
+    return node is not None and node._sequence_nr() in inside
+
+
+def _check_outside(node: Any, where: str) -> None:
+    """Raise `ScaledGradientError` where the graph from ``node``, outside, enters a region past its end."""
+    seen: set[Any] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node in seen or isinstance(node, OUTWARD) or getattr(node, "variable", None) is not None:
             continue
-        if isinstance(node, (*INWARD, *OUTWARD)):
-            what = "of another" if isinstance(node, INWARD) else "or of switch.outside()"
+        seen.add(node)
+        if isinstance(node, INWARD) or any(node._sequence_nr() in one for one in tuple(_all)):
             raise ScaledGradientError(
-                f"{where}: forward used a tensor that has left the region: an output of an earlier forward "
-                f"of a switched model, {what}. Its gradient would be multiplied by a loss scale twice. "
-                "Pass it to forward as an input, detach it, or use it before it leaves"
-            )
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            if id(leaf) in known:
-                continue
-            kind = type(leaf)
-            del leaf
-            # Made inside forward and held by nothing but the graph: no one can see its gradient.
-            if kind is Tensor and _references(node) <= _GRAPH_ONLY:
-                continue
-            leaf = getattr(node, "variable")  # noqa: B009 - no attribute to the type checker
-            raise ScaledGradientError(
-                f"{where}: forward used {describe(leaf)} past the boundary of the region, so its "
-                "gradient would leave multiplied by the loss scale. Make it a parameter of a module that "
-                "is part of the switched model (not in a plain list, a closure or another object), or "
-                "pass it to forward as an input"
-            )
-        number = node._sequence_nr()
-        if number < first_node and number not in inside:
-            raise ScaledGradientError(
-                f"{where}: forward used a tensor computed outside the region (the result of "
-                f"{node.name()}) that is no input of forward, so its gradient would leave multiplied by "
-                "the loss scale. Pass it to forward as an input, or detach it"
+                f"{where}: forward used a tensor computed outside from an activation made inside of a "
+                f"switched model (the result of {node.name()}), which is no output of it: its gradient would "
+                "enter there without the loss scale. Return that activation from forward as part of the "
+                "output, or pass it through switch.outside(activation)"
             )
         stack.extend(n for n, _ in node.next_functions if n is not None)
+
+
+def _mend(node: Any, place: int, change: Callable[[Tensor | None], Tensor | None]) -> None:
+    """Have ``node`` give its gradient ``place`` changed: once, however often it is asked for."""
+    mended: set[int] = node.metadata.setdefault("halfstep", set())
+    if place in mended:
+        return
+    mended.add(place)
+
+    def hook(gives: tuple[Tensor | None, ...], given: Any) -> tuple[Tensor | None, ...]:
+        return *gives[:place], change(gives[place]), *gives[place + 1 :]
+
+    node.register_hook(hook)
 
 
 def has_left(t: Tensor) -> bool:
@@ -158,33 +247,54 @@ def has_left(t: Tensor) -> bool:
     return isinstance(t.grad_fn, OUTWARD)
 
 
-def check_roots(roots: Iterable[Tensor], gate: Gate, inside: Intervals) -> None:
-    """Raise `ScaledGradientError` where a backward would enter a region past its boundary."""
+def mend_roots(roots: Iterable[Tensor], gate: Gate, inside: Intervals) -> None:
+    """Have the gradients that enter a region past its end, into FP32 tensors, enter scaled.
+
+    Raises:
+        ScaledGradientError: one enters a 16-bit tensor: without the scale it may be lost before it enters; or
+            a working copy; or backward was called on an activation of the region itself.
+    """
     seen: set[Any] = set()
-    stack: list[tuple[Any, str]] = [
-        (t.grad_fn, "the tensor that backward was called on")
-        for t in roots
-        if t.grad_fn is not None
-    ]
+    stack: list[Any] = []
+    for t in roots:
+        if t.grad_fn is not None and not isinstance(t.grad_fn, OUTWARD):
+            _check_entry(t.grad_fn, "the tensor that backward was called on", gate, inside)
+            stack.append(t.grad_fn)
     while stack:
-        node, user = stack.pop()
-        if node in seen or isinstance(node, OUTWARD) or getattr(node, "variable", None) is not None:
+        node = stack.pop()
+        if node in seen or getattr(node, "variable", None) is not None:
             continue
         seen.add(node)
-        if isinstance(node, INWARD) and node.gate is gate:
-            raise ScaledGradientError(
-                f"a working copy that was read inside a switched model is used outside of it by {user}: "
-                "its gradient would be divided by a loss scale that it was never multiplied by. Outside "
-                "of forward read the parameter itself, or pass the copy through switch.outside(...)"
-            )
-        if node._sequence_nr() in inside:
-            raise ScaledGradientError(
-                f"an activation made inside a switched model (the result of {node.name()}) is used "
-                f"outside of it by {user}: its gradient would enter the region without the loss scale. "
-                "Return the activation from forward as part of the output, or pass it through "
-                "switch.outside(activation) where it is captured"
-            )
-        stack.extend((n, node.name()) for n, _ in node.next_functions if n is not None)
+        for k, (following, which) in enumerate(node.next_functions):
+            if following is None or isinstance(following, OUTWARD):
+                continue
+            if following._sequence_nr() in inside and _is_wide(following, which):
+                _mend(node, k, functools.partial(_enter_by, gate))
+                continue
+            _check_entry(following, node.name(), gate, inside)
+            stack.append(following)
+
+
+def _is_wide(node: Any, which: int) -> bool:
+    """True where result ``which`` of ``node``, not of the boundary, is in FP32 or FP64."""
+    wide = (torch.float32, torch.float64)
+    return not isinstance(node, INWARD) and node._input_metadata[which].dtype in wide
+
+
+def _check_entry(node: Any, user: str, gate: Gate, inside: Intervals) -> None:
+    if isinstance(node, INWARD) and node.gate is gate:
+        raise ScaledGradientError(
+            f"a working copy that was read inside a switched model is used outside of it by {user}: "
+            "its gradient would be divided by a loss scale that it was never multiplied by. Outside "
+            "of forward read the parameter itself, or pass the copy through switch.outside(...)"
+        )
+    if node._sequence_nr() in inside:
+        raise ScaledGradientError(
+            f"an activation made inside a switched model (the result of {node.name()}) is used "
+            f"outside of it by {user}: its gradient would enter the region without the loss scale. "
+            "Return the activation from forward as part of the output, or pass it through "
+            "switch.outside(activation) where it is captured"
+        )
 
 
 def check_wanted(wanted: Iterable[Any], inside: Intervals) -> None:

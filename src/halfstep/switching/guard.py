@@ -25,7 +25,7 @@ from halfstep.switching.one_pass import step_in_one_pass
 from halfstep.switching.ranks import Ranks, local, shards
 from halfstep.switching.structure import map_tensors
 
-__all__ = ["Guard", "Owner", "Watcher", "watch_steps"]
+__all__ = ["Guard", "Owner", "Watcher", "watch_closures", "watch_steps"]
 
 
 class Owner(Protocol):
@@ -87,9 +87,7 @@ class Guard:
     @classmethod
     def over(cls, optimizer: Optimizer, owner: Owner) -> Guard:
         """The guard of ``optimizer``, which reports to ``owner`` too from now on."""
-        hooks = optimizer._optimizer_step_pre_hooks.values()
-        guards = [getattr(hook, "__self__", None) for hook in hooks]
-        guard = next((g for g in guards if isinstance(g, Guard)), None) or cls(optimizer)
+        guard = _guard_of(optimizer) or cls(optimizer)
         guard._owners.append(owner)
         if owner.guarded and guard._to_torchs_step is None:
             guard._to_torchs_step = step_in_one_pass(optimizer)
@@ -125,13 +123,10 @@ class Guard:
         if not any(owner.guarded for owner in self._owners):
             self._widen()
             return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        if closure is not None:
+        checked = _with_closure(args, kwargs, self._checked)
+        if checked is not None:
             self._widen()
-            checked = self._checked(closure)
-            if len(args) > 1:
-                return (args[0], checked, *args[2:]), kwargs
-            return args, {**kwargs, "closure": checked}
+            return checked
         if self._on_device():
             self._hand_over()
             return None
@@ -222,18 +217,36 @@ class Guard:
 
         def evaluate() -> Any:
             while True:
-                # As they are before the closure, which may add to them: overflown sums cannot be undone.
-                held = [(h.parameter, h.parameter.grad) for h in self._held()]
-                before = [(p, g.clone()) for p, g in held if g is not None]
+                before = _copied_gradients(self.optimizer)
                 loss = closure()
-                nonfinite = self._check()
-                if not nonfinite:
+                if self._settles(before):
                     return loss
-                self._report(nonfinite)
-                for h in self._held():
-                    h.parameter.grad = None
-                for parameter, grad in before:
-                    parameter.grad = grad
+
+        return evaluate
+
+    def _settles(self, before: list[tuple[Tensor, Tensor]]) -> bool:
+        """True where a closure's gradients are finite; else they are those of ``before``, the scale lower."""
+        nonfinite = self._check()
+        if not nonfinite:
+            return True
+        self._report(nonfinite)
+        for h in self._held():
+            h.parameter.grad = None
+        for parameter, grad in before:
+            parameter.grad = grad
+        return False
+
+    @staticmethod
+    def find_late(optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """``closure`` of a step that began with no guard, checked by the one that is there after it."""
+
+        def evaluate() -> Any:
+            before = _copied_gradients(optimizer)
+            loss = closure()
+            guard = _guard_of(optimizer)
+            if guard is None or not any(owner.guarded for owner in guard._owners):
+                return loss
+            return loss if guard._settles(before) else guard._checked(closure)()
 
         return evaluate
 
@@ -322,6 +335,42 @@ class Watcher(Protocol):
     def guard(self, optimizer: Optimizer) -> None:
         """Guard ``optimizer`` from now on, if it is one to be guarded."""
         ...
+
+
+def watch_closures() -> Callable[[], None]:
+    """Check the closures of optimizers whose guard comes while they run; returns what ends it.
+
+    Lightning calls a model for the first time inside of the closure of its optimizer's first step.
+    """
+
+    def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _guard_of(optimizer) is not None:
+            return None
+        return _with_closure(args, kwargs, functools.partial(Guard.find_late, optimizer))
+
+    return register_optimizer_step_pre_hook(before).remove
+
+
+def _guard_of(optimizer: Optimizer) -> Guard | None:
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    guards = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((g for g in guards if isinstance(g, Guard)), None)
+
+
+def _with_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of a step, the optimizer first, with its closure changed; None where it has none."""
+    if len(args) > 1:
+        return None if args[1] is None else ((args[0], change(args[1]), *args[2:]), kwargs)
+    closure = kwargs.get("closure")
+    return None if closure is None else (args, {**kwargs, "closure": change(closure)})
+
+
+def _copied_gradients(optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """Parameters with their gradients as they are before a closure, which may add to them."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return [(p, p.grad.clone()) for p in parameters if p.grad is not None]
 
 
 def watch_steps(watcher: weakref.ref[Any]) -> Callable[[], None]:

@@ -33,6 +33,7 @@ from halfstep.recipe import Recipe
 from halfstep.switching import engine
 from halfstep.switching.admission import uncompiled
 from halfstep.switching.explanation import Explanation
+from halfstep.switching.guard import watch_closures
 from halfstep.switching.loss_scale import StepReport
 from halfstep.switching.met import Met
 from halfstep.switching.plan import make_plan
@@ -136,6 +137,7 @@ class Launcher:
         self._undo = [
             self._precision.remove,
             engine.install(self._count_backward),
+            watch_closures(),
             self._patch_modules(),
             self._patch_optimizers(),
         ]

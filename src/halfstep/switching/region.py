@@ -38,8 +38,8 @@ __all__ = [
     "reopening",
 ]
 
-# Called with what a region gave, the region, and what it was given; raises where a gradient would leak.
-GraphCheck = Callable[[Any, "Region", Any], None]
+# Called with what a region gave, the region, and what it was given; True where gradients leave past its end.
+GraphMender = Callable[[Any, "Region", Any], bool]
 
 _local = threading.local()
 _NARROW = (torch.float16, torch.bfloat16)
@@ -134,13 +134,13 @@ class Region:
         "_low",
         "_masters",
         "buckets",
-        "check_graph",
         "emulator",
         "first_node",
         "gate",
         "last_node",
         "loose",
         "lowers_through_boundary",
+        "mend_graph",
         "met",
         "plan",
         "roled",
@@ -155,7 +155,7 @@ class Region:
         gate: Gate,
         scaled: bool,
         buckets: Buckets,
-        check_graph: GraphCheck,
+        mend_graph: GraphMender,
         roles: Roles,
         met: Met,
         *,
@@ -166,7 +166,7 @@ class Region:
         """Of no model: a switched one that is called in it opens a region of its own."""
         self.met = met
         self.gate = gate
-        self.check_graph = check_graph
+        self.mend_graph = mend_graph
         # At scale 1 a plain cast is a boundary: torch's own node turns the gradient to FP32.
         self.lowers_through_boundary = scaled
         self.buckets = buckets
@@ -303,7 +303,7 @@ class Region:
             self.gate,
             self.lowers_through_boundary,
             SINGLES,
-            self.check_graph,
+            self.mend_graph,
             self.roles,
             self.met,
             loose=self.loose,
@@ -356,11 +356,12 @@ SINGLES = Buckets([])
 def loose_region(plan: Plan, met: Met) -> Region:
     """A region of no model, without a boundary: nothing is scaled in it, gradients come out as they are."""
     roles = Roles(plan, nn.Module())
-    return Region(plan, Gate(1.0), False, SINGLES, _nothing_to_check, roles, met, loose=True)
+    return Region(plan, Gate(1.0), False, SINGLES, _nothing_to_mend, roles, met, loose=True)
 
 
-def _nothing_to_check(out: Any, region: Region, given: Any) -> None:
+def _nothing_to_mend(out: Any, region: Region, given: Any) -> bool:
     """After a recomputation in a region that scales nothing."""
+    return False
 
 
 def reopening(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -379,7 +380,7 @@ def reopening(function: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             again.clear()
         if torch.is_grad_enabled() and again.lowers_through_boundary:
-            again.check_graph(out, again, (args, kwargs))
+            again.mend_graph(out, again, (args, kwargs))
         return out
 
     return run

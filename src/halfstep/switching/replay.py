@@ -285,8 +285,9 @@ def _outside(t: Tensor, region: Region) -> Tensor:
     return leave(t, region.gate, dtype) if t.grad_fn is not None else t.to(dtype)
 
 
-def _unchecked(out: Any, region: Region, given: Any) -> None:
+def _unchecked(out: Any, region: Region, given: Any) -> bool:
     """Nothing that a replay makes is kept."""
+    return False
 
 
 @contextlib.contextmanager

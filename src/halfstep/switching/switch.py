@@ -20,17 +20,19 @@ from halfstep.switching.admission import device_of, optimizers_in, uncompiled
 from halfstep.switching.adoption import Shape, adopt, check_not_switched, release, working_dtypes
 from halfstep.switching.audit import Audited
 from halfstep.switching.between_steps import BetweenSteps
-from halfstep.switching.boundary import enter, leave
+from halfstep.switching.boundary import Gate, enter, leave
 from halfstep.switching.checkpoints import Checkpointed
 from halfstep.switching.communication import compress
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.graph_walk import (
     Intervals,
     Schedule,
-    check_forward,
-    check_roots,
     check_wanted,
     has_left,
+    is_backward_of,
+    is_outside,
+    mend_forward,
+    mend_roots,
 )
 from halfstep.switching.guard import Guard, watch_steps
 from halfstep.switching.ledger import Ledger
@@ -38,7 +40,7 @@ from halfstep.switching.loss_scale import StepReport
 from halfstep.switching.machinery import Machinery
 from halfstep.switching.met import Met
 from halfstep.switching.module_hooks import call_leaving, has_hooks_after_forward
-from halfstep.switching.naming import describe, parameter_names
+from halfstep.switching.naming import parameter_names
 from halfstep.switching.plain import become_narrow
 from halfstep.switching.plan import Plan, make_plan
 from halfstep.switching.ranks import Ranks, active_ddp, is_part_of, ranks_of
@@ -335,9 +337,9 @@ class Switch(Checkpointed, Audited):
         if torch.is_grad_enabled():
             self.roles.begin_step()
         noted = None
-        if self._guards and self.guarded and torch.is_grad_enabled():
+        if self._guards and self.guarded and torch.is_grad_enabled() and region.gate is self._gate:
             noted = self.recorder.note(module, call, args, kwargs, self.ledger.steps)
-        args, kwargs = map_tensors((args, kwargs), self._enter)
+        args, kwargs = map_tensors((args, kwargs), lambda t: self._enter(t, region))
         with contextlib.ExitStack() as opened:
             opened.callback(region.clear)
             opened.enter_context(region.opened())
@@ -352,7 +354,7 @@ class Switch(Checkpointed, Audited):
                     if changed:
                         schedule.restart()
                     if schedule.due(graph_shape(region, out)):
-                        region.check_graph(out, region, ())
+                        schedule.leaks |= region.mend_graph(out, region, ())
                 left = map_tensors(out, lambda t: self._leave(t, region, noted is not None))
                 if noted is not None:
                     hear = None if self._scaled else self.ledger.note_backward
@@ -365,10 +367,10 @@ class Switch(Checkpointed, Audited):
 
     def new_region(self, module: nn.Module) -> Region:
         """One for a call of ``module``, not open yet."""
-        check = functools.partial(self._check_graph, module)
-        return Region(
-            self.plan, self._gate, self._scaled, self._buckets, check, self.roles, self.met
-        )
+        mend = functools.partial(self._mend_graph, module)
+        # Called by a backward of its own inside (a solver's adjoint), it is given gradients that are scaled.
+        gate = Gate(1.0) if is_backward_of(self._inside) else self._gate
+        return Region(self.plan, gate, self._scaled, self._buckets, mend, self.roles, self.met)
 
     def _check_device(self, module: nn.Module) -> None:
         parameter = next(module.parameters(), None)
@@ -378,12 +380,12 @@ class Switch(Checkpointed, Audited):
                 "call switch.off(), move it, and switch it again"
             )
 
-    def _enter(self, t: Tensor) -> Tensor:
+    def _enter(self, t: Tensor, region: Region) -> Tensor:
         everything = self.plan.narrow_writes or not self.plan.wide_operations
         dtype = self.plan.low if everything and t.dtype == torch.float32 else t.dtype
         if self._scaled and t.requires_grad and not torch.is_inference_mode_enabled():
             with torch.enable_grad():  # under no_grad too: forward may enable it again
-                return enter(t, self._gate, dtype)
+                return enter(t, region.gate, dtype)
         return t.to(dtype)
 
     def _leave(self, t: Tensor, region: Region, heard: bool = False) -> Tensor:
@@ -392,6 +394,8 @@ class Switch(Checkpointed, Audited):
             return t.to(dtype)
         if has_left(t):
             return t
+        if self._scaled and is_outside(t.grad_fn, region.first_node, self._inside):
+            return t.to(dtype)  # given back as it was
         with torch.enable_grad():
             if self._scaled:
                 return leave(t, region.gate, dtype)
@@ -400,19 +404,15 @@ class Switch(Checkpointed, Audited):
                 out.grad_fn.register_prehook(lambda grads: self.ledger.note_backward())
             return out
 
-    def _check_graph(self, module: nn.Module, out: Any, region: Region, given: Any) -> None:
-        names = self.names()
+    def _mend_graph(self, module: nn.Module, out: Any, region: Region, given: Any) -> bool:
         where = next((n for n, m in self.model.named_modules() if m is module), "")
-        check_forward(
+        return mend_forward(
             tensors_in(out),
-            gate=self._gate,
+            gate=region.gate,
             first_node=region.first_node,
             inside=self._inside,
             inputs=tensors_in(given),
             where=f"model.{where}" if where else type(module).__name__,
-            describe=lambda leaf: describe(
-                leaf, self.model, names, [g.optimizer for g in self._guards]
-            ),
         )
 
     def _adopt(self, root: nn.Module) -> None:
@@ -454,7 +454,7 @@ class Switch(Checkpointed, Audited):
     def _before_backward(self, roots: tuple[Tensor, ...], wanted: tuple[Any, ...]) -> None:
         if not self._scaled or torch._C._current_graph_task_id() != -1:
             return  # within a backward: a checkpoint's own, from the inside
-        check_roots(roots, self._gate, self._inside)
+        mend_roots(roots, self._gate, self._inside)
         check_wanted(wanted, self._inside)
 
     def name_of(self, parameter: Tensor) -> str:
