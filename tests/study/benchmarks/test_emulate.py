@@ -30,12 +30,14 @@ def test_every_recipe_has_a_row_for_every_model(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(emulate, "WORKLOADS", builders)
     monkeypatch.setattr(operations, "_CALLS", 1)
     monkeypatch.setattr(layers, "PEERS", ())
-    rows = list(emulate.rows(rounds=2))
+    rows = list(emulate.rows(rounds=4))
     steps = [row for row in rows if row.against == "fp32, time ratio"]
     assert len(steps) == 2 * len(emulate.BOUNDS)
     assert (steps[0].case, str(steps[0].target)) == ("fp16 step, CNN", "<= 1.30")
     assert (steps[-1].case, str(steps[-1].target)) == ("int8 step, LSTM", "<= 6.00")
     assert all(row.figure.median > 0 for row in steps)
+    slow = {"fp16-acc16", "fp8-chunk64"}  # have fewer rounds
+    assert {row.case.split()[0] for row in steps if row.figure.rounds == 3} == slow
 
 
 def test_a_row_is_given_before_the_next_is_measured(monkeypatch: pytest.MonkeyPatch):
