@@ -32,6 +32,23 @@ def gamma(n: int, u: float) -> float:
     return n * u / (1 - n * u)
 
 
+def random_walk(n: int, u: float, sigmas: float = 3.0) -> float:
+    """What n roundings that have nothing to do with each other add up to, root mean square, relative.
+
+    Each is uniform within u, so has the standard deviation u / sqrt(3).
+    """
+    return sigmas * u * (n / 3) ** 0.5
+
+
+def flips(n: int, u: float, noise: int, sigmas: float = 3.0) -> float:
+    """As `random_walk`, of n roundings in each of two programs that differ by ``noise`` FP32 roundings.
+
+    A number so near to the middle between two of the format's, gamma(noise), falls to the other side in one
+    of the two: one of gamma(noise) / u do, and then are 2 u apart.
+    """
+    return sigmas * 2 * u * (n * gamma(noise, FP32) / u) ** 0.5
+
+
 def of_sum(exact: Tensor, magnitude: Tensor, n: int, low: torch.dtype) -> Tensor:
     """How far a sum of n FP32 products, rounded once to ``low``, may be from ``exact``; element by element.
 
