@@ -88,7 +88,7 @@ def apart(name, recipe):
     u = UNIT["bf16" if recipe == "bf16" else "fp16"]
     if name == "cnn":
         # Convolutions, norms, pooling, the last layer: six roundings, and as many of gradients. The two
-        # BatchNorm kernels, which sum in float64, scale and shift in another order: eight FP32 roundings each.
+        # BatchNorm kernels, which sum in float64, scale and shift in another order: eight FP32 roundings.
         return flips(STEPS * 2 * 6, u, 2 * 8)
     if name == "attention":
         # The switch keeps the scores of fused attention in FP32; here the product and its scaling are
