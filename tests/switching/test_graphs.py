@@ -71,8 +71,8 @@ MODELS = {
 class Counted:
     """A backend that counts the graphs that it is given."""
 
-    def __init__(self, backend="aot_eager"):
-        self.backend = torch._dynamo.lookup_backend(backend)
+    def __init__(self):
+        self.backend = torch._dynamo.lookup_backend("aot_eager")
         self.graphs = []
 
     def __call__(self, graph, inputs, **options):
@@ -457,15 +457,16 @@ def test_dropout_draws_the_eager_numbers():
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["transformer", "cnn", "attention"])
-def test_inductor_is_within_the_rounding_of_the_store_format(name, recipe):
-    """It keeps FP32 between point-wise operations that it fuses, so it rounds less often than eager."""
-    counted = Counted("inductor")
-    found = train(name, recipe, lambda m: torch.compile(m, backend=counted))
+def test_inductor_rounds_where_the_rule_says(name, recipe):
+    """Between operations that it fuses too: losses have the eager region's bits but for its own sums."""
+    found = train(name, recipe, torch.compile)
     wanted = train(name, recipe)
-    unit = 2.0**-8 if recipe == "bf16" else 2.0**-11
-    for a, b in zip(found[0], wanted[0], strict=True):
-        assert abs(a - b) <= unit * b
-    assert len(counted.graphs) == 2
+    if name == "cnn":  # batch normalisation's gradient is added in another order
+        unit = 2.0**-8 if recipe == "bf16" else 2.0**-11
+        assert found[0][0] == wanted[0][0]
+        assert all(abs(a - b) <= unit * b for a, b in zip(found[0], wanted[0], strict=True))
+    else:
+        assert found[0] == wanted[0]
     assert graph_breaks() == []
 
 

@@ -1,16 +1,15 @@
-"""The pains of test_pains.py that are torch's own: what torch.amp does with the same program.
-
-11 (checkpoints of FP8 models) and 15 (nobody can say why) are other libraries', and 12 (torch.compile)
-needs a compiler of C++: see test_compiled.py.
-"""
+"""The pains of test_pains.py in torch: what torch.amp, and for 11 torchao, does with the same program."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from against_fp32 import batch, gradients, mlp
+from pained import Branched, Fused
 
 pytestmark = pytest.mark.comparison
 X, Y = batch()
@@ -168,3 +167,51 @@ class Doubled(torch.autograd.Function):
 def test_14_custom_fwd_does_not_know_setup_context():
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(AttributeError):
         Doubled.apply(torch.ones(2, requires_grad=True)).sum().backward()
+
+
+def test_11_a_checkpoint_of_torchaos_float8_model_needs_torchao(tmp_path):
+    """Weights that are gathered in float8 are of a class of its own, and so is what they carry."""
+    float8 = pytest.importorskip("torchao.float8")
+    model = mlp(inputs=16, outputs=16)
+    config = float8.Float8LinearConfig(emulate=True, enable_fsdp_float8_all_gather=True)
+    float8.convert_to_float8_training(model, config=config)
+    state = model.state_dict()
+    assert {type(v) for k, v in state.items() if k.endswith("weight")} != {torch.Tensor}
+    torch.save(state, tmp_path / "model.pt")
+    program = "import sys, torch; torch.load(sys.argv[1], weights_only=True)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "model.pt")], capture_output=True, text=True
+    )
+    assert loaded.returncode == 1
+    assert "UnpicklingError" in loaded.stderr and "torchao.float8" in loaded.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_12_inductor_leaves_roundings_out_under_autocast():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = Fused()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager, compiled = model(X), torch.compile(model)(X)
+    assert eager.dtype == compiled.dtype == torch.bfloat16
+    off = (eager.float() - compiled.float()).abs().max()
+    assert off > 16 * 2.0**-8 * eager.abs().max()
+
+
+def test_15_torchs_loses_a_layer_and_reports_nothing_of_it(recwarn, caplog):
+    model = Branched()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-20)
+    scaler = torch.amp.GradScaler("cpu")
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            out = model(X)
+        scaler.scale((out.float() - Y).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 65536.0, "no step was skipped"
+    assert not recwarn.list and not caplog.records
+    moved = {k: not torch.equal(v, before[k]) for k, v in model.state_dict().items()}
+    assert moved["main.weight"] and not moved["side.weight"]

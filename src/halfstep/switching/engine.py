@@ -1,4 +1,4 @@
-"""Where torch's own machinery is met: the autograd engine's entry, checkpointing, backward hooks.
+"""Where torch's own machinery is met: the autograd engine's entry, checkpointing, custom functions, hooks.
 
 Installed while a switch is on, taken away with the last one.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from halfstep.switching import module_hooks
 from halfstep.switching.region import reopening
@@ -50,7 +51,8 @@ def install(listener: Listener) -> Callable[[], None]:
     weak = weakref.WeakMethod(listener)
     with _lock:
         if _users == 0:
-            _undo.extend([_patch_engine(), _patch_checkpoint(), module_hooks.install()])
+            patches = (_patch_engine, _patch_checkpoint, _patch_contexts, module_hooks.install)
+            _undo.extend(patch() for patch in patches)
         _users += 1
         _listeners.append(weak)
 
@@ -112,5 +114,26 @@ def _patch_checkpoint() -> Callable[[], None]:
     def undo() -> None:
         function.forward = staticmethod(forward)
         checkpointing._checkpoint_without_reentrant_generator = without_reentrant
+
+    return undo
+
+
+# What torch.amp.custom_bwd reads of a function's context: whether forward had autocast, and its dtype.
+_AUTOCAST_OF_FORWARD = {"_fwd_used_autocast": False, "_dtype": None}
+
+
+def _patch_contexts() -> Callable[[], None]:
+    """custom_fwd notes them on forward's first argument, which is no context where there is setup_context.
+
+    Without them the backward raises AttributeError (pytorch#132388). It runs without autocast then, as
+    where neither decorator is: its tensors are in the dtypes that forward gave.
+    """
+    ours = [name for name in _AUTOCAST_OF_FORWARD if not hasattr(FunctionCtx, name)]
+    for name in ours:
+        setattr(FunctionCtx, name, _AUTOCAST_OF_FORWARD[name])
+
+    def undo() -> None:
+        for name in ours:
+            delattr(FunctionCtx, name)
 
     return undo

@@ -263,7 +263,19 @@ class _Backend:
         # The backward is outside of autocast. torch's cache on disk knows a graph by what it calls, before
         # the policy is in it.
         with config.patch(backward_pass_autocast="off", enable_autograd_cache=False):
-            return self._theirs(graph, inputs, **options)
+            return self._theirs(graph, inputs, **options, **_inductors_options(self._theirs))
+
+
+def _inductors_options(backend: Any) -> dict[str, Any]:
+    """Has Inductor round between operations that it fuses, as rule 3 says; a user's own option stays.
+
+    Given to the backend, for it makes a backward's code when that backward runs.
+    """
+    backend = getattr(backend, "_torchdynamo_orig_backend", backend)
+    is_inductor = getattr(backend, "compiler_name", "") == "inductor"
+    if not is_inductor or "emulate_precision_casts" in getattr(backend, "config", {}):
+        return {}
+    return {"config_patches": {"emulate_precision_casts": True}}
 
 
 # -- what is in no graph -------------------------------------------------------------------------------
