@@ -27,7 +27,7 @@ class ScaleRule(Enum):
     """
 
     FLOOR = "floor"
-    """2^(floor(log2 amax) - E). The largest elements may saturate. OCP MX v1.0, section 6.3."""
+    """2^(floor(log2 amax) - E). The largest elements may saturate. OCP MX v1.0."""
     CEIL = "ceil"
     """2^(ceil(log2 amax) - E). Nothing saturates; the top of the elements' range stays empty."""
     EVEN = "even"
@@ -156,7 +156,7 @@ class BlockFormat:
         return ((dim, self.columns), (others[-1], self.rows))
 
 
-_MX = "OCP Microscaling Formats (MX) v1.0, table 1; scales by section 6.3"
+_MX = "OCP Microscaling Formats (MX) v1.0"
 
 
 def _mx(name: str, element: str) -> BlockFormat:
@@ -185,7 +185,7 @@ _LITERALS = (
         rule=ScaleRule.AMAX,
         has_tensor_scale=True,
         source="NVIDIA, Pretraining Large Language Models with NVFP4, arXiv 2509.25149, "
-        "appendix C: scales in OCP E4M3 (our e4m3fn) over one FP32 scale a tensor",
+        "scales in OCP E4M3 (our e4m3fn) over one FP32 scale a tensor",
     ),
 )
 

@@ -10,9 +10,9 @@ from halfstep.format.number import Format
 
 __all__ = ["CATALOGUE", "SYNONYMS", "formats"]
 
-_OFP8 = "OCP 8-bit Floating Point Specification (OFP8) v1.0, section 5.1"
-_P3109 = "IEEE P3109, Arithmetic Formats for Machine Learning, interim report, section 4"
-_MX = "OCP Microscaling Formats (MX) v1.0, section 5.3"
+_OFP8 = "OCP 8-bit Floating Point Specification (OFP8) v1.0"
+_P3109 = "IEEE P3109, Arithmetic Formats for Machine Learning, interim report"
+_MX = "OCP Microscaling Formats (MX) v1.0"
 
 
 def _p3109(precision: int, domain: str) -> Format:
@@ -93,7 +93,7 @@ _LITERALS = (
         bias=7,
         specials=Specials.IEEE,
         overflow=Overflow.INF,
-        source="IEEE 754-2019, section 3 with k = 8, p = 4; LLVM's and ml_dtypes' float8_e4m3",
+        source="IEEE 754-2019 with k = 8, p = 4; LLVM's and ml_dtypes' float8_e4m3",
     ),
     Format(
         name="e4m3fnuz",
@@ -102,8 +102,8 @@ _LITERALS = (
         bias=8,
         specials=Specials.FINITE,
         overflow=Overflow.NAN,
-        source="Noune et al., 8-bit Numerical Formats for Deep Neural Networks, arXiv 2206.02915; "
-        "overflow to NaN, as torch.float8_e4m3fnuz",
+        source="Noune et al., 8-bit Numerical Formats for Deep Neural Networks, arXiv 2206.02915 "
+        "(not checked); overflow to NaN, as torch.float8_e4m3fnuz",
     ),
     Format(
         name="e5m2fnuz",
@@ -112,13 +112,13 @@ _LITERALS = (
         bias=16,
         specials=Specials.FINITE,
         overflow=Overflow.NAN,
-        source="Noune et al., 8-bit Numerical Formats for Deep Neural Networks, arXiv 2206.02915; "
-        "overflow to NaN, as torch.float8_e5m2fnuz",
+        source="Noune et al., 8-bit Numerical Formats for Deep Neural Networks, arXiv 2206.02915 "
+        "(not checked); overflow to NaN, as torch.float8_e5m2fnuz",
     ),
     *(_p3109(precision, domain) for precision in range(1, 8) for domain in "ef"),
-    Format(name="e3m2", exponent_bits=3, mantissa_bits=2, bias=3, source=f"{_MX}.2, FP6"),
-    Format(name="e2m3", exponent_bits=2, mantissa_bits=3, bias=1, source=f"{_MX}.2, FP6"),
-    Format(name="e2m1", exponent_bits=2, mantissa_bits=1, bias=1, source=f"{_MX}.3, FP4"),
+    Format(name="e3m2", exponent_bits=3, mantissa_bits=2, bias=3, source=f"{_MX}, FP6"),
+    Format(name="e2m3", exponent_bits=2, mantissa_bits=3, bias=1, source=f"{_MX}, FP6"),
+    Format(name="e2m1", exponent_bits=2, mantissa_bits=1, bias=1, source=f"{_MX}, FP4"),
     Format(
         name="e8m0",
         exponent_bits=8,
@@ -128,7 +128,7 @@ _LITERALS = (
         zero=False,
         specials=Specials.NAN_ONLY,
         overflow=Overflow.NAN,
-        source="OCP Microscaling Formats (MX) v1.0, section 5.4.1: a scale, powers of two only",
+        source="OCP Microscaling Formats (MX) v1.0: a scale, powers of two only",
     ),
     Format(
         name="int8",
@@ -147,12 +147,12 @@ _LITERALS = (
         kind=Kind.FIXED,
         integer_bits=2,
         symmetric=True,
-        source="Li et al., Ternary Weight Networks, arXiv 1605.04711: -1, 0, +1",
+        source="Li et al., Ternary Weight Networks, arXiv 1605.04711 (not checked): -1, 0, +1",
     ),
     Format(
         name="binary",
         kind=Kind.BINARY,
-        source="Courbariaux et al., Binarized Neural Networks, arXiv 1602.02830, eq. 1 and 2",
+        source="Courbariaux et al., Binarized Neural Networks, arXiv 1602.02830 (not checked)",
     ),
 )
 

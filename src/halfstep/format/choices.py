@@ -91,7 +91,7 @@ class Rounding(Enum):
     """The nearer one; at a tie the one farther from zero."""
     TO_ODD = "to_odd"
     """The one whose last digit is odd: a later rounding, to two digits less, is then as if the only one
-    (S. Boldo, G. Melquiond, IEEE Trans. Computers 57(4), 2008)."""
+    (S. Boldo, G. Melquiond, IEEE Trans. Computers, 2008; not checked)."""
 
     @classmethod
     def parse(cls, given: object) -> Rounding:
@@ -111,7 +111,7 @@ class Rounding(Enum):
             raise UnknownNameError("rounding", given, known) from None
 
     def magnitude_grows(self, negative: bool) -> bool:
-        """True if this rounding overflows; else it stops at the largest (IEEE 754 section 7.4)."""
+        """True if this rounding overflows; else it stops at the largest (as in IEEE 754)."""
         if self in (Rounding.TOWARD_ZERO, Rounding.TO_ODD):
             return False
         if self is Rounding.UP:

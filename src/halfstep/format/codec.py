@@ -92,7 +92,7 @@ def round_number(
     NaN stays NaN, also where the format has no code for it: an error must stay visible. -0 and what
     rounds to zero from below become -0.0 where the format has it. A number that rounds beyond the
     largest becomes what ``format.overflow`` says; directed roundings stop at the largest number as
-    in IEEE 754 section 7.4, and so does `Rounding.TO_ODD`; where overflow wraps no rounding stops.
+    in IEEE 754, and so does `Rounding.TO_ODD`; where overflow wraps no rounding stops.
     Infinity saturates where overflow does, else it stays, or becomes NaN in a format without it.
     Negative numbers become NaN in an unsigned format; zero becomes the smallest number in a format
     without zero.
@@ -104,7 +104,7 @@ def round_number(
 
     Where subnormal numbers are flushed the quantum is 2^(exponent - mantissa_bits), as if exponents
     had no lower end, and what is then below 2^min_exponent becomes zero of its sign, in every
-    rounding: tininess after rounding (IEEE 754-2019, section 7.5).
+    rounding: tininess after rounding (IEEE 754-2019; not checked).
 
     Odd is a number whose last digit is; without a mantissa that is every one but zero, or as the
     exponent's code is where ``format.odd_exponents``.

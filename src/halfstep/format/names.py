@@ -98,7 +98,7 @@ def _float(exponent_bits: int, mantissa_bits: int) -> Format:
         bias=2 ** max(exponent_bits - 1, 0) - 1,
         specials=Specials.IEEE,
         overflow=Overflow.INF,
-        source="IEEE 754-2019, section 3 with other widths",
+        source="IEEE 754-2019 with other widths",
     )
 
 

@@ -192,7 +192,7 @@ class Format:
     def odd_exponents(self) -> bool:
         """True if, without a mantissa, what makes a number odd is the last bit of its exponent.
 
-        So in IEEE P3109, section 4.6; IEEE 754 has no such rule, and all numbers but zero are odd.
+        So in IEEE P3109 (not checked); IEEE 754 has no such rule, and all numbers but zero are odd.
         """
         return self._nan_for_minus_zero and self.mantissa_bits == 0
 

@@ -62,12 +62,12 @@ class Unit:
     ``v100/fp16`` and the others are the same units with an accumulator and a result in fp16: c begins
     as ``initial`` rounded to fp16, its exponent is -14 at least, and after each block it is T * 2^(E - F)
     rounded to nearest in fp16, ties to even, infinite from 65520 on; NaN is 0x7FFF of fp16. The terms
-    are truncated as before. Only fp16 operands have it, and fp8 ones (arXiv 2511.10909, section 4).
+    are truncated as before. Only fp16 operands have it, and fp8 ones (arXiv 2511.10909).
 
     Source: M. Fasi, N. J. Higham, M. Mikaitis and S. Pranesh, Numerical behavior of NVIDIA tensor
-    cores, PeerJ Computer Science 7:e330, 2021, section 4 (exact products, truncation, one
-    normalisation, subnormal numbers); X. Li et al., FTTN, CCGrid 2024 (the blocks of H100); P. Xie
-    et al., MMA-Sim, arXiv 2511.10909, section 4 (all parameters, NaN, infinities, the exponent of
+    cores, PeerJ Computer Science 7:e330, 2021 (exact products, truncation, one normalisation,
+    subnormal numbers); X. Li et al., FTTN, CCGrid 2024 (the blocks of H100; not checked); P. Xie
+    et al., MMA-Sim, arXiv 2511.10909 (all parameters, NaN, infinities, the exponent of
     zeros, split instructions as chains); F. A. Khattak and M. Mikaitis, Accurate models of NVIDIA
     tensor cores, arXiv 2512.07004 (the same by other experiments, and the lowest exponent).
 
@@ -151,7 +151,7 @@ _IN_FP32 = (
         name="v100",
         architecture="Volta",
         datapaths=(_half(4, 23, -132, _RECORDED, "fp16"),),
-        source="NVIDIA V100, HMMA.884; no bits below fp32's (Fasi et al. 2021, section 4)",
+        source="NVIDIA V100, HMMA.884; no bits below fp32's (Fasi et al. 2021)",
     ),
     Unit(
         name="a100",

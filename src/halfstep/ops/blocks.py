@@ -60,7 +60,7 @@ def quantize_blocks(
     scale = amax / 6 / tensor_scale rounded to nearest in e4m3fn.
 
     - A block with NaN or infinity has the scale NaN, and so is NaN all along; its element codes are
-      0, and no other block is touched (MX section 6.3 leaves it to the implementation; section 5.1:
+      0, and no other block is touched (MX leaves it to the implementation; there, too,
       a scale of NaN makes all NaN). An error stays visible.
     - A block of zeros has the smallest scale, 2^-127 in e8m0; scales never become 0.
     - -0 and what rounds to 0 from below are -0 where the element has it.
@@ -79,7 +79,7 @@ def quantize_blocks(
     >>> b.values, b.scales.float()
     (tensor([  0.4062,  -2.0000,  12.0000, 384.0000], dtype=torch.float8_e4m3fn), tensor([0.2500]))
 
-    Source: OCP Microscaling Formats (MX) v1.0, sections 5 and 6.3; NVIDIA, arXiv 2509.25149.
+    Source: OCP Microscaling Formats (MX) v1.0; NVIDIA, arXiv 2509.25149.
     """
     if is_traced():
         return _traced_quantize(x, format, dim, rounding, generator, backend)

@@ -101,8 +101,8 @@ def conv2d(
               [4.5000, 4.5000]]]])
 
     Source: Chellapilla et al., High performance convolutional neural networks for document
-    processing, 2006, section 4 (a convolution as a matrix product); the bias in the epilogue:
-    NVIDIA cuDNN, ConvolutionBiasActivationForward.
+    processing, 2006 (a convolution as a matrix product); the bias in the epilogue: NVIDIA cuDNN,
+    ConvolutionBiasActivationForward (neither checked).
     """
     return _conv(2, input, weight, bias, stride, padding, dilation, groups, generator, arithmetic)
 
@@ -182,7 +182,7 @@ def conv_transpose2d(
               [1., 2., 1.]]]])
 
     Source: Dumoulin and Visin, A guide to convolution arithmetic for deep learning, arXiv
-    1603.07285, section 4.
+    1603.07285 (not checked).
     """
     return _transposed(
         2, input, weight, bias, stride, padding, output_padding, groups, dilation,

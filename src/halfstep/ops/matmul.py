@@ -118,9 +118,9 @@ def matmul(
     >>> matmul(ones, ones.T, chunk=64).item(), matmul(ones, ones.T, "fp16", "fp32").item()
     (4096.0, 4096.0)
 
-    Source: IEEE 754-2019, section 5.4.1 (fusedMultiplyAdd); N. J. Higham, The accuracy of
-    floating point summation, SIAM J. Sci. Comput. 14(4), 1993; chunks: Wang et al., arXiv
-    1812.08011, section 2.3; ``between``: DeepSeek-V3, arXiv 2412.19437, section 3.3.2.
+    Source: IEEE 754-2019 (fusedMultiplyAdd); N. J. Higham, The accuracy of floating point
+    summation, SIAM J. Sci. Comput. 14(4), 1993 (neither checked); chunks: Wang et al., arXiv
+    1812.08011; ``between``: DeepSeek-V3, arXiv 2412.19437.
     """
     keywords: Keywords = {
         "operands": operands,

@@ -93,7 +93,7 @@ def round_to(
     >>> round_to(torch.tensor([300, -129]), "int8", overflow="wrap").tolist()
     [44.0, 127.0]
 
-    Source: IEEE 754-2019, sections 4.3, 7.4 and 7.5; OCP OFP8 v1.0, section 5.2 (conversion).
+    Source: IEEE 754-2019 (roundings, overflow, underflow); OCP OFP8 v1.0 (conversion); not checked.
     """
     if is_traced():
         return _traced(

@@ -45,7 +45,7 @@ def prune_2_4(x: Tensor, dim: int = -1) -> Tensor:
     [0.0, -3.0, 2.0, 0.0, 0.0, 0.0, 5.0, 0.0]
 
     Source: NVIDIA A100 Tensor Core GPU Architecture whitepaper, 2020, fine-grained structured
-    sparsity; A. Mishra et al., Accelerating sparse deep neural networks, arXiv 2104.08378, section 3.
+    sparsity; A. Mishra et al., Accelerating sparse deep neural networks, arXiv 2104.08378 (not checked).
     """
     groups = _groups(x, dim)
     keep = torch.zeros(groups.shape, dtype=torch.bool, device=x.device)

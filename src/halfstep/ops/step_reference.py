@@ -81,7 +81,7 @@ def fused(a: Tensor | float, b: Tensor | float, c: Tensor) -> Tensor:
     """a * b + c of float32 numbers, rounded once.
 
     In float64 the product is exact; the sum is rounded to odd, after which a rounding to fewer bits is that
-    of the exact sum (S. Boldo, G. Melquiond, IEEE Trans. Computers 57(4), 2008).
+    of the exact sum (S. Boldo, G. Melquiond, IEEE Trans. Computers, 2008; not checked).
     """
     wide = c.to(torch.float64)
     product = _wide(a, wide) * _wide(b, wide)

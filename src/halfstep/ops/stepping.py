@@ -123,7 +123,7 @@ def adam_step(
     >>> w
     tensor([0.5000, 1.5000])
 
-    Source: Kingma, Ba, arXiv 1412.6980, algorithm 1; Loshchilov, Hutter, arXiv 1711.05101, algorithm 2.
+    Source: Kingma, Ba, arXiv 1412.6980; Loshchilov, Hutter, arXiv 1711.05101 (neither checked).
     """
     _check("adam_step", weights, gradients, {"means": means, "squares": squares}, copies)
     if len(steps) != len(weights):
@@ -170,7 +170,8 @@ def sgd_step(
     >>> w, buffer
     (tensor([0.5000]), tensor([2.]))
 
-    Source: Sutskever et al., "On the importance of initialization and momentum", ICML 2013, section 2.
+    Source: Sutskever et al., "On the importance of initialization and momentum", ICML 2013
+    (not checked).
     """
     expected = {"buffers": buffers} if rule.momentum != 0 else {}
     if buffers and not expected:

@@ -145,7 +145,7 @@ def _add_to_odd(x: Tensor, y: Tensor, rounding: Rounding) -> Tensor:
     """x + y rounded to odd: where it is not exact, the neighbour whose last bit is 1.
 
     A second rounding, to at most two bits less, is then the rounding of the exact sum (S. Boldo and
-    G. Melquiond, Emulation of FMA and correctly rounded sums, IEEE Trans. Computers 57(4), 2008).
+    G. Melquiond, Emulation of FMA and correctly rounded sums, IEEE Trans. Computers, 2008; not checked).
     """
     total = x + y
     part = total - x  # Knuth's two-sum: total + error is x + y exactly
@@ -153,6 +153,6 @@ def _add_to_odd(x: Tensor, y: Tensor, rounding: Rounding) -> Tensor:
     to_odd = (error != 0) & error.isfinite() & (total.view(torch.int64) & 1 == 0)
     toward = torch.where(error > 0, torch.inf, -torch.inf)
     total = torch.where(to_odd, torch.nextafter(total, toward), total)
-    if rounding is Rounding.DOWN:  # IEEE 754, section 6.3: x + (-x) is -0 in this rounding only
+    if rounding is Rounding.DOWN:  # IEEE 754: x + (-x) is -0 in this rounding only
         total = torch.where((total == 0) & (x.signbit() != y.signbit()), -0.0, total)
     return total
