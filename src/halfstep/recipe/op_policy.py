@@ -107,8 +107,9 @@ class OpPolicy:
 
     def differences(self, other: OpPolicy) -> dict[str, tuple[OpClass, OpClass]]:
         """Operations that the two put into different classes, with both classes."""
-        ops = sorted({op for policy in (self, other) for op, _ in policy.classes})
-        pairs = {op: (self.class_of(op), other.class_of(op)) for op in ops}
+        mine, others = dict(self.classes), dict(other.classes)
+        own = OpClass.OWN
+        pairs = {op: (mine.get(op, own), others.get(op, own)) for op in sorted({*mine, *others})}
         return {op: pair for op, pair in pairs.items() if pair[0] is not pair[1]}
 
     @classmethod
