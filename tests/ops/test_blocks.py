@@ -184,6 +184,19 @@ def test_every_axis_and_ragged_ends(name: str):
             assert_back_ends_agree(numbers(shape, torch.float32), name, dim, rounding)
 
 
+@pytest.mark.parametrize("name", ["int8@32x32", "nvfp4@16x16", "e3m2@2x16", "e4m3fn@4x8:rceil"])
+def test_tiles_over_axes_that_are_not_the_last_two(name: str):
+    """As a convolution's weight has them; what is not finite, and an ``out`` that lies otherwise."""
+    x = numbers((5, 34, 3, 7), torch.float32)
+    x[1, 3, 2, 1], x[4, 33, 0, 6] = math.inf, math.nan
+    for dim in range(4):
+        for rounding in ("nearest", "stochastic"):
+            assert_back_ends_agree(x, name, dim, rounding)
+        out = torch.empty(7, 3, 34, 5).permute(3, 2, 1, 0)
+        round_blocks(x, name, dim, out=out)
+        assert same_numbers(out, round_blocks(x, name, dim, backend="reference")).all()
+
+
 def test_tiles_larger_than_a_cache_line():
     x = numbers((260, 300), torch.float32)
     assert_back_ends_agree(x, "e4m3fn@128x128", 0)

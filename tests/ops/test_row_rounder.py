@@ -28,7 +28,17 @@ def matrices(format: Format) -> list[Tensor]:
     """Small ones, one wider than a piece of the kernel, one of more pieces than one, hard numbers."""
     hard = adversarial(format, torch.float32)[:4096]
     generator = torch.Generator().manual_seed(3)
-    shapes = [(4, 4), (1, 1), (3, 5000), (700, 33), (9500, 7), (0, 3), (3, 0), (70, 1)]
+    shapes: list[tuple[int, ...]] = [
+        (4, 4),
+        (1, 1),
+        (3, 5000),
+        (700, 33),
+        (9500, 7),
+        (0, 3),
+        (3, 0),
+        (70, 1),
+    ]
+    shapes += [(2, 3, 4, 5), (7,)]
     made = [torch.randn(shape, generator=generator) * 100 for shape in shapes]
     return [*made, hard.view(1, -1), hard.view(-1, 1).expand(-1, 3).contiguous()]
 
@@ -39,7 +49,7 @@ def test_gives_what_the_three_operations_do(name: str):
     rounded = ops.row_rounder(format)
     generator = torch.Generator().manual_seed(4)
     for made in matrices(format):
-        row = torch.randn(made.shape[1], generator=generator) * 10
+        row = torch.randn(made.shape[-1], generator=generator) * 10
         if row.numel() > 2:
             row[1], row[2] = math.inf, math.nan
         for added in (row, None):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import halfstep
 from emulated import data, on_grid, small, trained
 from halfstep.errors import SwitchError
-from halfstep.switching.emulation.mode import EmulationMode
+from halfstep.switching.emulation import mode
 
 # -- the traps ------------------------------------------------------------------------------------------
 
@@ -130,19 +130,25 @@ def test_the_compiler_sees_nothing_of_an_emulation():
 
 @pytest.mark.parametrize("recipe", ["fp16", "fp16-naive", "fp16-acc16", "bf16", "mxfp8", "tf32"])
 def test_commonest_products_are_what_all_products_are(recipe: str, monkeypatch: pytest.MonkeyPatch):
-    """`mm` and `addmm` have a way of their own: the same numbers, roles and scaled gradients."""
+    """`mm`, `addmm` and convolutions have ways of their own: the same numbers, roles and scaled gradients."""
 
     def found() -> list[Tensor]:
         torch.manual_seed(5)
         model = nn.Sequential(nn.Linear(40, 24), nn.Tanh(), nn.Linear(24, 7, bias=False))
+        convolved = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Conv2d(6, 4, 3, bias=False))
         x = torch.randn(33, 40, requires_grad=True)
         with halfstep.emulate(recipe):
             y = torch.addmm(torch.randn(7), model(x), torch.randn(7, 7))
-            (y @ y.t()).square().mean().backward()
-        return [y, x.grad, *[p.grad for p in model.parameters()]]
+            z = convolved(y.view(3, 1, 7, 11)).mean((2, 3))
+            ((y @ y.t()).square().mean() + z.square().sum()).backward()
+        parameters = [*model.parameters(), *convolved.parameters()]
+        return [y, z, x.grad, *[p.grad for p in parameters]]
 
     own = found()
-    monkeypatch.setattr(EmulationMode, "_matrix_product", lambda *_: None)
+    assert set(mode._PRODUCTS) == {
+        f"aten.{name}.default" for name in ("mm", "addmm", "convolution")
+    }
+    monkeypatch.setattr(mode, "_PRODUCTS", {})
     for a, b in zip(own, found(), strict=True):
         assert torch.equal(a, b)
 

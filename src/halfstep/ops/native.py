@@ -196,7 +196,7 @@ def rounder(format: Format) -> Callable[[Tensor], Tensor] | None:
 
 
 def row_rounder(format: Format) -> Callable[[Tensor, Tensor | None], None] | None:
-    """Rounds a matrix where it is, after a row was added; None where there is no kernel of the format.
+    """Rounds rows where they are, after a row was added to each; None where there is no kernel of the format.
 
     What can be decided once is: for contiguous FP32 tensors with memory of their own, and no graph.
     """
@@ -205,10 +205,10 @@ def row_rounder(format: Format) -> Callable[[Tensor, Tensor | None], None] | Non
     grid, kernel = grid_of(format, Rounding.NEAREST, in_float64=False), _core.round_rows
 
     def rounded(made: Tensor, row: Tensor | None) -> None:
-        rows, columns = made.shape
-        if rows and columns:
-            added = 0 if row is None else row.data_ptr()
-            kernel(made.data_ptr(), rows, columns, added, grid, torch.get_num_threads())
+        n = made.numel()
+        if n:
+            columns, added = made.shape[-1], 0 if row is None else row.data_ptr()
+            kernel(made.data_ptr(), n // columns, columns, added, grid, torch.get_num_threads())
 
     return rounded
 

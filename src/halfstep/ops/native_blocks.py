@@ -82,7 +82,13 @@ def round_into(
     """Writes ``x`` as the block format has it; see `halfstep.ops.round_blocks`."""
     layout = _layout(x.shape, format, dim, packs=False)
     if layout is None:
-        return reference.round_into(out, x, format, dim, rounding, key)
+        order = _with_tiles_last(x.dim(), format, dim)
+        if rounding is Rounding.STOCHASTIC or order == tuple(range(x.dim())):
+            return reference.round_into(out, x, format, dim, rounding, key)  # bits go by the order
+        turned = x.detach().permute(order).contiguous()
+        round_into(turned, turned, format, order.index(dim), rounding, key)
+        out.permute(order).copy_(turned)
+        return None
     if not x.numel():
         return None
     source = x.detach().resolve_neg().contiguous()
@@ -309,6 +315,13 @@ def _layout(shape: torch.Size, format: BlockFormat, dim: int, *, packs: bool) ->
         block_rows=high,
         block_columns=min(wide, shape[last]) or 1,
     )
+
+
+def _with_tiles_last(dimensions: int, format: BlockFormat, dim: int) -> tuple[int, ...]:
+    """The order of axes in which those of the blocks are the last ones."""
+    spanned = sorted(axis for axis, extent in format.extents(dimensions, dim) if extent > 1)
+    others = [axis for axis in range(dimensions) if axis not in spanned]
+    return (*others, *spanned)
 
 
 def _Layout(  # noqa: N802

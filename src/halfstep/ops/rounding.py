@@ -136,7 +136,7 @@ def rounder(format: Format) -> Callable[[Tensor], Tensor]:
 def row_rounder(format: Format) -> Callable[[Tensor, Tensor | None], Tensor]:
     """A function that gives ``round_to(made + round_to(row, format), format)``, written over ``made``.
 
-    ``made`` (M, N) is FP32 and no one else's, ``row`` (N) is FP32, or None; without a graph.
+    ``made`` (..., N) is FP32 and no one else's, ``row`` (N) is FP32, or None; without a graph.
     """
     native_one = native.row_rounder(format)
 

@@ -20,7 +20,7 @@ _CALLS = 200
 _RECIPES = ("fp16", "bf16", "fp16-naive")
 _IN_BLOCKS = ("fp8", "mxfp8", "nvfp4:keep=none,hadamard=0", "int8:keep=none")
 """Those that the emulator takes: it sees no layers to keep, nor which product is a weight's gradient."""
-_PRODUCTS = ("mm", "linear")
+_PRODUCTS = ("mm", "linear", "conv2d")
 _EMULATED = 30.0
 """Microseconds that an operation may take beyond plain torch's."""
 
@@ -51,6 +51,7 @@ def rows(*, rounds: int) -> Iterator[Row]:
 
 def _operations(x: Tensor, y: Tensor) -> Mapping[str, Call]:
     weight, bias = torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(4))
+    image, kernel = x.view(1, 1, 4, 4), torch.nn.Parameter(torch.randn(1, 1, 3, 3))
     return {
         "add": lambda: x + y,
         "relu": lambda: torch.relu(x),
@@ -58,6 +59,7 @@ def _operations(x: Tensor, y: Tensor) -> Mapping[str, Call]:
         "softmax": lambda: torch.softmax(x, -1),
         "mm": lambda: x @ y,
         "linear": lambda: F.linear(x, weight, bias),
+        "conv2d": lambda: F.conv2d(image, kernel),
     }
 
 

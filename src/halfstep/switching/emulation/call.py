@@ -27,6 +27,7 @@ __all__ = ["NO_KERNEL", "Call"]
 
 NO_KERNEL: Any = object()
 _ADD = torch.ops.aten.add.Tensor
+_SCALARS = (int, float, bool, type(None))
 _NOTHING: tuple[int, ...] = ()
 
 
@@ -80,7 +81,7 @@ class Call:
                         self.floats.append(value)
                     else:
                         self.zero_dim = True
-            elif type(value) is list:
+            elif type(value) is list and value and type(value[0]) is not int:
                 for t in value:
                     if isinstance(t, Tensor) and t.dtype in CARRIERS:
                         if t.layout is not torch.strided:
@@ -175,6 +176,8 @@ class Call:
         writes = self.it.writes
 
         def value_of(value: Any) -> Any:
+            if type(value) in _SCALARS:
+                return value
             if isinstance(value, Tensor):
                 return change(value) if value.dtype in CARRIERS else value
             if type(value) is list and value and isinstance(value[0], (Tensor, type(None))):

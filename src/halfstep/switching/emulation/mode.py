@@ -49,6 +49,7 @@ _OWN_NODES = frozenset(("_LayerBackward", "_EnterBackward", "_LeaveBackward", "_
 _MARK = "halfstep.low"
 _HOOKED = "halfstep.wide"
 _FP32, _STRIDED = torch.float32, torch.strided
+_CONVOLUTION = torch.ops.aten.convolution.default._op
 _DETACH = torch.ops.aten.detach.default
 
 
@@ -129,8 +130,9 @@ class EmulationMode(TorchDispatchMode):
                 return func(*args, **kwargs)
             if torch.is_grad_enabled() and not self.creates_graph():
                 node = None  # a forward that runs again inside a backward: checkpointing
-        if it.is_matrix_product and not kwargs:
-            made = self._matrix_product(args, node is not None)
+        if it.is_dot and not kwargs:
+            product = _PRODUCTS.get(it.text)
+            made = product(self, args, node is not None) if product else None
             if made is not None:
                 return made
         call = Call(self, it, args, kwargs, node)
@@ -248,25 +250,33 @@ class EmulationMode(TorchDispatchMode):
 
     # -- kinds --------------------------------------------------------------------------------------
 
-    def _matrix_product(self, args: tuple[Any, ...], backward: bool) -> Tensor | None:
-        """What `_dot` gives for FP32 matrices and perhaps a bias, at less cost; None where it takes more."""
-        for t in args:
+    def _looked(
+        self, tensors: tuple[Tensor, ...], backward: bool
+    ) -> tuple[list[int], int, float] | None:
+        """Of a product: its tensors' marks, its role, the scale; None if not all are plain FP32."""
+        for t in tensors:
             if t.dtype is not _FP32 or t.layout is not _STRIDED:
                 return None
-        known = [self.seen(t, backward) for t in args]
-        *bias, a, b = args
-        of_bias, of_a, of_b = known[0], known[-2], known[-1]
+        known = [self.seen(t, backward) for t in tensors]
         role, scale = ACTIVATION, 1.0
-        if (of_bias | of_a | of_b) & GRADIENT:
+        if (known[0] | known[1] | known[-1]) & GRADIENT:
             role, scale = GRADIENT, self.scale()
-            if scale != 1.0 and self.accumulate is not FP32_SUMS:
-                return None  # which sums what the scaled program has
-        if bias and bias[0].dim() != 1:
-            return None
         if not (backward or self.stores_all):
-            for t, marks in zip(args, known, strict=True):
+            for t, marks in zip(tensors, known, strict=True):
                 if t.requires_grad and not (self.masters_wide and marks & WEIGHT):
                     self.remember(t, marks)
+        return known, role, scale
+
+    def _matrix_product(self, args: tuple[Any, ...], backward: bool) -> Tensor | None:
+        """What `_dot` gives for FP32 matrices and perhaps a bias, at less cost; None where it takes more."""
+        looked = self._looked(args, backward)
+        *bias, a, b = args
+        if looked is None or (bias and bias[0].dim() != 1):
+            return None
+        known, role, scale = looked
+        if scale != 1.0 and self.accumulate is not FP32_SUMS:
+            return None  # which sums what the scaled program has
+        of_bias, of_a, of_b = known[0], known[-2], known[-1]
         numbers = self.numbers
         reads = numbers.reads
         made = wide_product(
@@ -283,6 +293,22 @@ class EmulationMode(TorchDispatchMode):
                 low = of_bias & (LOW | WIDE)
                 made.add_(t if low else numbers.stored(t, scale if of_bias & GRADIENT else 1.0))
             made = numbers.stored(made, scale)
+        self.marks.set(made, role | LOW)
+        return made
+
+    def _convolution(self, args: tuple[Any, ...], backward: bool) -> Tensor | None:
+        """As `_matrix_product`, of a forward convolution that is summed in FP32."""
+        x, weight, bias, *geometry = args
+        looked = self._looked(args[:2] if bias is None else args[:3], backward)
+        if looked is None or looked[2] != 1.0 or self.accumulate is not FP32_SUMS:
+            return None
+        known, role, _ = looked
+        numbers = self.numbers
+        if bias is not None and not known[2] & (LOW | WIDE):
+            bias = numbers.stored(bias)
+        x = numbers.reads[known[0] & (ROLES | LOW)](x, 1, 1.0)
+        weight = numbers.reads[known[1] & (ROLES | LOW)](weight, 1, 1.0)
+        made = numbers.store(_CONVOLUTION(x, weight, bias, *geometry), None)
         self.marks.set(made, role | LOW)
         return made
 
@@ -416,6 +442,13 @@ if _hidden is not None:
     set_code_exec_strategy(EmulationMode.__torch_dispatch__.__code__, _hidden)
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+# The commonest dot products, with less ado than `_dot`.
+_PRODUCTS: dict[str, Callable[[EmulationMode, tuple[Any, ...], bool], Tensor | None]] = {
+    "aten.mm.default": EmulationMode._matrix_product,
+    "aten.addmm.default": EmulationMode._matrix_product,
+    "aten.convolution.default": EmulationMode._convolution,
+}
 
 _HANDLERS: dict[Treatment, Callable[[EmulationMode, Call], Any]] = {
     Treatment.MOVE: EmulationMode._move,

@@ -136,7 +136,7 @@ class Numbers:
         return t if self.identity else _scaled(self._store, t, scale)
 
     def store(self, made: Tensor, bias: Tensor | None) -> Tensor:
-        """An FP32 matrix, with a rounded bias added to its rows, in the store format; written over."""
+        """An FP32 result, with a rounded bias added to its rows, in the store format; written over."""
         if self.identity:
             return made if bias is None else made.add_(bias)
         return self._rows(made, bias)

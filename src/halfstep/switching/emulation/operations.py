@@ -41,7 +41,6 @@ class Operation:
         "count",
         "hidden_writes",
         "is_dot",
-        "is_matrix_product",
         "is_wide",
         "kind",
         "lists",
@@ -100,11 +99,6 @@ class Operation:
             self.kind = Treatment.UNKNOWN if gives else Treatment.FREE
         self.moves = self.kind in (Treatment.MOVE, Treatment.MAKE, Treatment.CAST)
         self.is_dot = self.kind is Treatment.DOT
-        self.is_matrix_product = self.is_dot and self.text in (
-            "aten.mm.default",
-            "aten.addmm.default",
-        )
-        """The commonest products: a matrix by a matrix, and perhaps a bias."""
         self.is_wide = self.kind is Treatment.WIDE
 
 
