@@ -246,3 +246,56 @@ def test_training_in_every_recipe(recipe, options):
     launched = started(HALFSTEP, "run", "--recipe", recipe, "training.py", *options)
     check_training(plain, launched)
     assert "Net, AdamW: 12 steps, none skipped" in launched.err
+
+
+AUDITED = """
+import sys, torch
+
+def train(breaks):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for k in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        if breaks:
+            model[2].weight.data = model[2].weight.data.half()
+            return model
+
+kept = train(sys.argv[1] == "breaks")  # without a breach the model is gone here
+"""
+
+
+def test_audit_shows_how_everything_was_held_and_fails_where_a_promise_is_broken(tmp_path):
+    (tmp_path / "train.py").write_text(AUDITED)
+    how = (HALFSTEP, "run", "--recipe", "bf16", "--audit", "--json", "run.json", "train.py")
+    healthy = started(*how, "whole", cwd=tmp_path)
+    assert healthy.status == 0
+    assert "halfstep: audit of Sequential\nhalfstep: recipe bf16 on cpu, AdamW, " in healthy.err
+    assert "every promise of the recipe is kept" in healthy.err
+    (model,) = json.loads((tmp_path / "run.json").read_text())["models"]
+    rows = model["audits"][0]["rows"]
+    assert [row["parameter"] for row in rows] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert {row["state"]["exp_avg"]["format"] for row in rows} == {"fp32"}
+    assert {row["working"]["format"] for row in rows} == {"bf16"}
+    broken = started(*how, "breaks", cwd=tmp_path)
+    assert broken.status == 1
+    assert "BROKEN: weight of 2.weight is fp16" in broken.err
+    (model,) = json.loads((tmp_path / "run.json").read_text())["models"]
+    assert [it["what"] for it in model["audits"][0]["broken"]][0] == "weight of 2.weight"
+    refused = started(HALFSTEP, "run", "--emulate", "--audit", "train.py", "whole", cwd=tmp_path)
+    assert refused.status == 2
+    assert "--audit looks at switched models" in refused.err
+
+
+def test_audit_says_which_models_it_did_not_see(tmp_path):
+    (tmp_path / "train.py").write_text(
+        "import gc, torch\n"
+        "def once():\n"
+        "    model = torch.nn.Linear(4, 1)\n"
+        "    model(torch.ones(2, 4)).sum().backward()\n"
+        "once()\n"
+        "gc.collect()\n"
+    )
+    ended = started(HALFSTEP, "run", "--audit", "train.py", cwd=tmp_path)
+    assert "no audit of Linear: it was gone before a step was applied" in ended.err

@@ -60,6 +60,13 @@ def run_script(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the same to this file for a program.")
     ] = None,
+    audited: Annotated[
+        bool,
+        typer.Option(
+            "--audit",
+            help="At the end, how each weight, gradient and moment was held; 1 if a promise was broken.",
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No summary at the end.")] = False,
 ) -> None:
     """Any PyTorch training script, unmodified, trains in a recipe.
@@ -76,15 +83,19 @@ def run_script(
     parsed = Recipe.parse(recipe)
     if not is_module and not Path(script).exists():
         raise OperandError(f"there is no file {script}; give a script, or -m and a module")
+    if audited and emulated:
+        raise OperandError(
+            "--audit looks at switched models, and with --emulate none is switched; leave out one of the two"
+        )
     page, record = (None if path is None else _writable(path) for path in (report, json_file))
     if page is not None and importlib.util.find_spec("plotly") is None:
         raise HalfstepError(
             "--report needs plotly, which is not installed: pip install 'halfstep[report]'"
         )
     if os.environ.get("RANK", "0") == "0":  # torchrun's word for the first of its processes
-        process = _Process(parsed, emulated, page=page, record=record, quiet=quiet)
+        process = _Process(parsed, emulated, audited, page=page, record=record, quiet=quiet)
     else:
-        process = _Process(parsed, emulated, page=None, record=None, quiet=True)
+        process = _Process(parsed, emulated, audited, page=None, record=None, quiet=True)
 
     def job() -> None:
         when_loaded("torch", process.torch_is_there)
@@ -97,10 +108,18 @@ class _Process:
     """One launched process: what is put into torch once the script has imported it, and its summary."""
 
     def __init__(
-        self, recipe: Recipe, emulated: bool, *, page: Path | None, record: Path | None, quiet: bool
+        self,
+        recipe: Recipe,
+        emulated: bool,
+        audited: bool,
+        *,
+        page: Path | None,
+        record: Path | None,
+        quiet: bool,
     ) -> None:
         self._recipe = recipe
         self._emulated = emulated
+        self._audited = audited
         self._page = page
         self._record = record
         self._quiet = quiet
@@ -112,8 +131,10 @@ class _Process:
         from halfstep.switching.launcher import Launcher
 
         try:
-            launcher = EmulatedScript if self._emulated else Launcher
-            self._launcher = launcher(self._recipe)
+            if self._emulated:
+                self._launcher = EmulatedScript(self._recipe)
+            else:
+                self._launcher = Launcher(self._recipe, audited=self._audited)
         except HalfstepError as error:  # the script may catch it on its way
             print(f"halfstep: {error}", file=sys.stderr)
             sys.exit(MISUSE)
@@ -127,19 +148,22 @@ class _Process:
                 done = "emulated" if self._emulated else "switched"
                 print(f"halfstep: nothing was {done}: no torch was imported", file=sys.stderr)
             return NO
+        from halfstep.switching.run_summary import RunSummary
+
         summary = launcher.summary()
         if not summary.found and not failed:
             _wait_for_threads()
             summary = launcher.summary()
         if not self._quiet:
             print(summary, file=sys.stderr)
+            if self._audited and isinstance(summary, RunSummary) and summary.models:
+                print(summary.audit(), file=sys.stderr)
         if self._record is not None:
             text = json.dumps(summary.as_dict(), indent=1)
             self._record.write_text(text + "\n", encoding="utf-8")
         if self._page is not None:
             from halfstep.diagnosis.page import write_whole
             from halfstep.diagnosis.run_page import build_emulation_page, build_page
-            from halfstep.switching.run_summary import RunSummary
 
             text = (
                 build_page(summary, sys.argv)
@@ -147,7 +171,8 @@ class _Process:
                 else build_emulation_page(summary, sys.argv)
             )
             write_whole(self._page, text)
-        return 0 if summary.found else NO
+        broken = isinstance(summary, RunSummary) and summary.broken
+        return 0 if summary.found and not broken else NO
 
 
 def _wait_for_threads() -> None:

@@ -28,10 +28,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from halfstep.errors import NonFiniteError, SwitchError
+from halfstep.errors import BrokenPromiseError, NonFiniteError, SwitchError
 from halfstep.recipe import Recipe
 from halfstep.switching import engine
 from halfstep.switching.admission import uncompiled
+from halfstep.switching.audit_table import Audit
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.guard import watch_closures
 from halfstep.switching.loss_scale import StepReport
@@ -57,8 +58,10 @@ class _Local(threading.local):
 class _Run:
     """A switched root and its steps. The model is not kept alive: a script may make thousands."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, audited: bool) -> None:
         self.name = _name(model)
+        self.audited = audited
+        self.audits: tuple[Audit, ...] = ()
         self.device = ""
         self.optimizers: tuple[str, ...] = ()
         self.steps = 0
@@ -81,6 +84,8 @@ class _Run:
         self.steps += 1
         if not self.scales or self.scales[-1][1] != report.loss_scale:
             self.scales.append((self.steps, report.loss_scale))
+        if self.audited and report.applied and not self.audits:
+            self._audit()  # the script may let go of the model before it ends
         if not report.applied:
             self.skipped += 1
             if len(self.skips) < _SKIPS_KEPT:
@@ -89,6 +94,17 @@ class _Run:
                 )
                 self.skips.append(skip)
 
+    def _audit(self) -> None:
+        made = self.switch()
+        if made is None:
+            return
+        try:
+            self.audits = (made.audit(),)
+        except BrokenPromiseError as error:
+            self.audits = (error.audit,)
+        except SwitchError:
+            pass  # it is off: what was found while it was on stays
+
     def frozen(self) -> ModelRun:
         """As it is now; waits for a device where the outcome of a step is open."""
         made = self.switch()
@@ -96,6 +112,8 @@ class _Run:
             with contextlib.suppress(NonFiniteError):  # the script has ended without asking
                 made.ledger.settle()
             self.optimizers = tuple(type(o).__name__ for o in made.optimizers)
+            if self.audited and not any(audit.broken for audit in self.audits):
+                self._audit()
         return ModelRun(
             name=self.name,
             device=self.device,
@@ -104,19 +122,23 @@ class _Run:
             skipped=self.skipped,
             scales=tuple(self.scales),
             skips=tuple(self.skips),
+            audits=self.audits,
         )
 
 
 class Launcher:
     """Puts ``recipe`` on every model that this process trains, from `install` on.
 
+    ``audited``: each is audited after its first step, and at the end where it is there still.
+
     Raises:
         SwitchError: the recipe has no executor.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, audited: bool = False) -> None:
         make_plan(recipe, "cpu")  # refused here, before the script has run for hours
         self.recipe = recipe
+        self._audited = audited
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._runs: list[_Run] = []
         self._left: dict[str, LeftAlone] = {}
@@ -235,7 +257,7 @@ class Launcher:
             if reason:
                 self._leave(module, reason)
                 return False
-            return self._switch(module, optimizers, _Run(module))
+            return self._switch(module, optimizers, _Run(module, audited=self._audited))
 
     def _holding(self, parameters: list[nn.Parameter]) -> list[Optimizer]:
         """The optimizers that hold one of ``parameters``."""

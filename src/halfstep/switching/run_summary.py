@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from halfstep.switching.audit_table import Audit
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.met import Handling, described
 
@@ -34,7 +35,8 @@ class ModelRun:
     """One switched model and what became of its steps.
 
     ``scales`` has (step, loss scale) for the first step and each at which the scale had moved; it is empty
-    where no step was counted. ``skips`` has the first thousand of the ``skipped`` steps.
+    where no step was counted. ``skips`` has the first thousand of the ``skipped`` steps. ``audits`` has the
+    last audit; it is empty where none was asked for, and where no step was applied while the model was there.
     """
 
     name: str
@@ -44,6 +46,7 @@ class ModelRun:
     skipped: int
     scales: tuple[tuple[int, float], ...]
     skips: tuple[SkippedStep, ...]
+    audits: tuple[Audit, ...] = ()
 
     def __str__(self) -> str:
         if not self.optimizers:
@@ -107,9 +110,26 @@ class RunSummary:
             lines.append("the script's GradScaler: at 1, the recipe does the loss scaling")
         return "\n".join(f"halfstep: {line}" for line in lines)
 
+    @property
+    def broken(self) -> bool:
+        """True where an audit found a promise of the recipe that is not kept."""
+        return any(audit.broken for model in self.models for audit in model.audits)
+
+    def audit(self) -> str:
+        """The table of each model that was audited, and which were not."""
+        lines: list[str] = []
+        for model in self.models:
+            for audit in model.audits:
+                lines += [f"audit of {model.name}", *str(audit).splitlines()]
+            if not model.audits:
+                lines.append(f"no audit of {model.name}: it was gone before a step was applied")
+        return "\n".join(f"halfstep: {line}" for line in lines)
+
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""
         record = dataclasses.asdict(self)
+        for model, plain in zip(self.models, record["models"], strict=True):
+            plain["audits"] = [audit.as_dict() for audit in model.audits]
         for explanation in record["explanations"]:
             for row in explanation["rows"]:
                 row["executor"] = row["executor"].value
