@@ -124,7 +124,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path):
 
 def test_the_order_of_the_work():
     jobs = jobs_for(Task.SPEECH, Size(seeds=3, steps=1, digit_steps=1), Path())
-    assert len(jobs) == 1 + 3 * 3 + 4 * 3
+    assert len(jobs) == 1 + 3 * 2 + 2 + 4 * 3
     assert jobs[0].experiment.recipe == "fp16-naive"
     assert {job.experiment.recipe for job in jobs} == {
         "fp32",

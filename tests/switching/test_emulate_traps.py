@@ -354,3 +354,32 @@ def test_fp32_changes_nothing():
 def test_what_is_kept_between_steps_is_for_the_switch(recipe):
     with pytest.raises(SwitchError, match=r"state between steps that emulate does not keep"):
         halfstep.emulate(recipe)
+
+
+@pytest.mark.parametrize(
+    "backends", [["FLASH_ATTENTION"], ["MATH"], ["EFFICIENT_ATTENTION", "MATH"]]
+)
+def test_attention_is_emulated_whatever_kernel_the_program_asks_for(backends):
+    """x-transformers and others ask for flash kernels, inside of which nothing can be rounded."""
+    wanted = [getattr(torch.nn.attention.SDPBackend, name) for name in backends]
+    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0))
+
+    def attend():
+        x = q.clone().requires_grad_()
+        out = torch.nn.functional.scaled_dot_product_attention(x, k, v)
+        out.square().sum().backward()
+        return out.detach(), x.grad
+
+    before = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
+    with halfstep.emulate("fp16"):
+        plain = attend()
+    with halfstep.emulate("fp16") as emulation, torch.nn.attention.sdpa_kernel(wanted):
+        asked = attend()
+    for a, b in zip(plain, asked, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(asked[0].half().float(), asked[0])
+    assert "in no list" not in str(emulation.summary())
+    assert before == (
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+    )

@@ -26,7 +26,7 @@ from halfstep.study.verdict import Parity, compare, finished_errors
 
 __all__ = ["FULL", "QUICK", "TaskChoice", "demo", "run_demo"]
 
-FULL = Size(seeds=3, steps=500, digit_steps=5000)
+FULL = Size(seeds=3, steps=400, digit_steps=5000)
 QUICK = Size(seeds=1, steps=16, digit_steps=200)
 _INTERRUPTED = 130  # what a shell says of a command ended by Ctrl-C
 _MODEL = "Deep Speech 2 in small (two convolutions, two bidirectional GRUs, CTC) learns to "

@@ -27,27 +27,35 @@ __all__ = [
 Undo = Callable[[], None]
 
 
+# Each has a flag, ``torch._C._get_NAME_sdp_enabled()``, and what sets it.
+_ATTENTION_KERNELS = ("flash", "mem_efficient", "cudnn", "math", "overrideable")
+
+
 def forbid_fused_attention() -> Undo:
-    """Attention as products and a softmax, and no fused encoder layer."""
-    kernels = torch.backends.cuda
-    before = (
-        kernels.flash_sdp_enabled(),
-        kernels.mem_efficient_sdp_enabled(),
-        kernels.cudnn_sdp_enabled(),
-    )
-    kernels.enable_flash_sdp(False)
-    kernels.enable_mem_efficient_sdp(False)
-    kernels.enable_cudnn_sdp(False)
+    """Attention as products and a softmax, and no fused encoder layer, whatever kernel a program asks for."""
+    kernels = torch._C
+    getters = {name: f"_get_{name}_sdp_enabled" for name in _ATTENTION_KERNELS}
+    setters = {name: f"_set_sdp_use_{name}" for name in _ATTENTION_KERNELS}
+    setters = {name: setter for name, setter in setters.items() if hasattr(kernels, setter)}
+    originals = {name: getattr(kernels, setter) for name, setter in setters.items()}
+    before = {name: getattr(kernels, getters[name])() for name in setters}
+    for name, set_flag in originals.items():
+        set_flag(name == "math")
+        # torch.nn.attention.sdpa_kernel() sets them and sets them back
+        setattr(kernels, setters[name], _set_nothing)
     fast_path.forbid()
 
     def undo() -> None:
-        flash, efficient, cudnn = before
-        kernels.enable_flash_sdp(flash)
-        kernels.enable_mem_efficient_sdp(efficient)
-        kernels.enable_cudnn_sdp(cudnn)
+        for name, set_flag in originals.items():
+            setattr(kernels, setters[name], set_flag)
+            set_flag(before[name])
         fast_path.allow()
 
     return undo
+
+
+def _set_nothing(enabled: bool) -> None:
+    """A program's wish for an attention kernel, while there is one way to compute it."""
 
 
 def patch_threads(around: Callable[[], Any]) -> Undo:
