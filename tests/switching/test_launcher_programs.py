@@ -282,7 +282,7 @@ def test_audit_shows_how_everything_was_held_and_fails_where_a_promise_is_broken
     assert broken.status == 1
     assert "BROKEN: weight of 2.weight is fp16" in broken.err
     (model,) = json.loads((tmp_path / "run.json").read_text())["models"]
-    assert [it["what"] for it in model["audits"][0]["broken"]][0] == "weight of 2.weight"
+    assert next(it["what"] for it in model["audits"][0]["broken"]) == "weight of 2.weight"
     refused = started(HALFSTEP, "run", "--emulate", "--audit", "train.py", "whole", cwd=tmp_path)
     assert refused.status == 2
     assert "--audit looks at switched models" in refused.err
