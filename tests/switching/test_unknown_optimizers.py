@@ -1,5 +1,8 @@
 """An optimizer that the switch was not given, or that is made later, is guarded when it first steps."""
 
+from collections import OrderedDict
+
+import pytest
 import torch
 from torch import nn
 
@@ -46,3 +49,68 @@ def test_off_lets_go_of_it():
     assert other._optimizer_step_pre_hooks
     switch.off()
     assert not other._optimizer_step_pre_hooks
+
+
+class Counting(torch.optim.SGD):
+    """As pytorch_optimizer's Adai: raises where there is nothing to step, and keeps a count of its own."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.total = torch.zeros(())
+
+    def step(self, closure=None):
+        size = sum(p.numel() for g in self.param_groups for p in g["params"] if p.grad is not None)
+        if size == 0:
+            raise ValueError("no parameters")
+        self.total += size
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["steps"] = self.state[p].get("steps", 0) + 1
+                p.data.add_(p.grad, alpha=-group["lr"])
+
+
+class Wrapping(torch.optim.Optimizer):
+    """As its Magma: groups and state are those of the optimizer inside."""
+
+    def __init__(self, params, lr):
+        self.inner = torch.optim.SGD(params, lr, momentum=0.9)
+        self.defaults = self.inner.defaults
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+
+    @property
+    def param_groups(self):
+        return self.inner.param_groups
+
+    @property
+    def state(self):
+        return self.inner.state
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("kind", [Counting, Wrapping])
+def test_a_step_of_any_class_can_be_skipped(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = kind(model.parameters(), 0.1)
+    switch = halfstep.switch(model, optimizer, "fp16:initial=1024")
+    x = torch.ones(2, 4)
+    model(x).sum().backward()
+    optimizer.step()
+    assert switch.last_step.applied
+    weights = [p.detach().clone() for p in model.parameters()]
+    count = getattr(optimizer, "total", torch.zeros(())).clone()
+    optimizer.zero_grad()
+    (1e5 * model(x)).sum().backward()
+    optimizer.step()
+    assert not switch.last_step.applied
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert torch.equal(count, getattr(optimizer, "total", count))
+    assert len(optimizer.state) == 4
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    optimizer.step()
+    assert switch.last_step.applied
+    assert not torch.equal(weights[0], model[0].weight)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import inspect
 import math
 import operator
 import sys
@@ -307,13 +309,42 @@ class Guard:
             self._hidden.append((h.parameter, h.parameter.grad))  # pyright: ignore[reportArgumentType]
             h.parameter.grad = None
         kept = {id(h.parameter) for h in self._places()}
-        kind = type(self.optimizer)
-        stand_in = kind.__new__(kind)
-        stand_in.__dict__.update(_apart(self.optimizer.__dict__, kept))
-        stand_in.param_groups = [
-            _apart({**g, "params": []}, kept) for g in self.optimizer.param_groups
-        ]
-        return stand_in
+        if type(self.optimizer) not in _TORCHS and not _steps(_stand_in(self.optimizer, kept)):
+            return _stand_in(self.optimizer, kept, torch.zeros(1, requires_grad=True))
+        return _stand_in(self.optimizer, kept)
+
+
+_TORCHS = frozenset(v for v in vars(torch.optim).values() if isinstance(v, type))
+
+
+def _stand_in(optimizer: Optimizer, kept: set[int], dummy: Tensor | None = None) -> Optimizer:
+    """``optimizer`` without parameters; with ``dummy`` in each group, and state apart, where it is given."""
+    kind = type(optimizer)
+    made = kind.__new__(kind)
+    made.__dict__.update(_apart(optimizer.__dict__, kept))
+    for key, value in optimizer.__dict__.items():
+        if isinstance(value, Optimizer):  # one that another wraps, and steps
+            made.__dict__[key] = _stand_in(value, kept, dummy)
+    if isinstance(getattr(kind, "param_groups", None), property):
+        return made  # the wrapped one's
+    given: list[Tensor] = []
+    if dummy is not None:
+        dummy.grad = torch.zeros_like(dummy)
+        given = [dummy]
+        made.state = collections.defaultdict(dict)
+    made.param_groups = [
+        {**_apart({**g, "params": []}, kept), "params": given} for g in optimizer.param_groups
+    ]
+    return made
+
+
+def _steps(stand_in: Optimizer) -> bool:
+    """True where its own code steps without parameters; some that count them raise."""
+    try:
+        inspect.unwrap(type(stand_in).step)(stand_in)
+    except Exception:  # a user's class may raise anything
+        return False
+    return True
 
 
 # What is many parameters large, or is no affair of a step.
