@@ -175,11 +175,15 @@ def _leave_by(gate: Gate, where: str, grad: Tensor | None) -> Tensor | None:
             "forward, or a tensor computed outside. Make it a parameter of a module in the model, or pass "
             "it to forward as an input"
         )
-    return None if grad is None else unscaled(grad, gate).to(grad.dtype)
+    return _divide_by(gate, grad)
 
 
 def _enter_by(gate: Gate, grad: Tensor | None) -> Tensor | None:
     return None if grad is None else scaled(grad, gate, grad.dtype)
+
+
+def _divide_by(gate: Gate, grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else unscaled(grad, gate).to(grad.dtype)
 
 
 def _stays_scaled(node: Any, known: set[int]) -> bool:
@@ -231,7 +235,7 @@ def _check_outside(node: Any, where: str) -> None:
 
 def _mend(node: Any, place: int, change: Callable[[Tensor | None], Tensor | None]) -> None:
     """Have ``node`` give its gradient ``place`` changed: once, however often it is asked for."""
-    mended: set[int] = node.metadata.setdefault("halfstep", set())
+    mended: set[Any] = node.metadata.setdefault("halfstep", set())
     if place in mended:
         return
     mended.add(place)
@@ -248,18 +252,24 @@ def has_left(t: Tensor) -> bool:
 
 
 def mend_roots(roots: Iterable[Tensor], gate: Gate, inside: Intervals) -> None:
-    """Have the gradients that enter a region past its end, into FP32 tensors, enter scaled.
+    """Have the gradients that enter a region past its end enter scaled.
+
+    Into FP32 tensors they are multiplied at the edge. What reads a 16-bit tensor of the region is scaled as a
+    whole, and all that is joined to it by 16-bit tensors: FP32 gradients that come in there are multiplied,
+    those that go elsewhere divided. Backward functions are linear in what they are given.
 
     Raises:
-        ScaledGradientError: one enters a 16-bit tensor: without the scale it may be lost before it enters; or
-            a working copy; or backward was called on an activation of the region itself.
+        ScaledGradientError: one enters a working copy; or backward was called on an activation of the region
+            itself, or on a 16-bit number made of one.
     """
+    starts = [t for t in roots if t.grad_fn is not None and not isinstance(t.grad_fn, OUTWARD)]
+    for t in starts:
+        _check_entry(t.grad_fn, "the tensor that backward was called on", gate, inside)
     seen: set[Any] = set()
-    stack: list[Any] = []
-    for t in roots:
-        if t.grad_fn is not None and not isinstance(t.grad_fn, OUTWARD):
-            _check_entry(t.grad_fn, "the tensor that backward was called on", gate, inside)
-            stack.append(t.grad_fn)
+    stack: list[Any] = [t.grad_fn for t in starts]
+    readers: dict[Any, list[tuple[Any, int]]] = {}  # of a node: who reads which of its results
+    wide: list[tuple[Any, int]] = []
+    narrow: list[Any] = []
     while stack:
         node = stack.pop()
         if node in seen or getattr(node, "variable", None) is not None:
@@ -268,17 +278,88 @@ def mend_roots(roots: Iterable[Tensor], gate: Gate, inside: Intervals) -> None:
         for k, (following, which) in enumerate(node.next_functions):
             if following is None or isinstance(following, OUTWARD):
                 continue
-            if following._sequence_nr() in inside and _is_wide(following, which):
-                _mend(node, k, functools.partial(_enter_by, gate))
+            if isinstance(following, INWARD):
+                _check_entry(following, node.name(), gate, inside)
+            if following._sequence_nr() not in inside:
+                readers.setdefault(following, []).append((node, which))
+                stack.append(following)
+            elif _is_wide(following, which):
+                wide.append((node, k))
+            else:
+                narrow.append(node)
+    drawn_in = _drawn_in(narrow, readers, inside, starts) if narrow else set()
+    for node, k in wide:
+        if node not in drawn_in:
+            _mend(node, k, functools.partial(_enter_by, gate))
+    for node in drawn_in:
+        _scale_whole(node, gate, inside, drawn_in)
+
+
+def _drawn_in(
+    narrow: list[Any],
+    readers: dict[Any, list[tuple[Any, int]]],
+    inside: Intervals,
+    starts: list[Tensor],
+) -> set[Any]:
+    """``narrow`` and all that is joined to them by 16-bit tensors: what is scaled with the region."""
+    found: set[Any] = set()
+    stack = list(narrow)
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        found.add(node)
+        stack += [user for user, which in readers.get(node, ()) if not _is_wide(node, which)]
+        stack += [
+            following
+            for following, which in node.next_functions
+            if _is_elsewhere(following, inside) and not _is_wide(following, which)
+        ]
+    for t in starts:
+        if t.grad_fn in found and t.dtype not in _WIDE:
+            raise ScaledGradientError(
+                f"backward was called on a tensor in {t.dtype}, made outside from an activation inside of a "
+                "switched model: its gradient cannot be scaled in 16 bits. Make the loss FP32: loss.float()"
+            )
+    return found
+
+
+def _scale_whole(node: Any, gate: Gate, inside: Intervals, drawn_in: set[Any]) -> None:
+    """Have ``node`` compute with gradients times the scale, and give those that go elsewhere over it."""
+    mended: set[Any] = node.metadata.setdefault("halfstep", set())
+    if "whole" not in mended:
+        mended.add("whole")
+        multiplied = [_is_wide(node, which) for which in range(len(node._input_metadata))]
+
+        def before(given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+            pairs = zip(given, multiplied, strict=True)
+            return tuple(_enter_by(gate, g) if times else g for g, times in pairs)
+
+        node.register_prehook(before)
+    for k, (following, which) in enumerate(node.next_functions):
+        if following is None:
+            continue
+        if _is_elsewhere(following, inside):
+            if following in drawn_in and not _is_wide(following, which):
                 continue
-            _check_entry(following, node.name(), gate, inside)
-            stack.append(following)
+        elif getattr(following, "variable", None) is None and not isinstance(following, OUTWARD):
+            continue  # inside
+        _mend(node, k, functools.partial(_divide_by, gate))
+
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def _is_elsewhere(node: Any, inside: Intervals) -> bool:
+    """True for a node of a computation outside of the region: neither leaf nor boundary."""
+    if node is None or isinstance(node, OUTWARD) or getattr(node, "variable", None) is not None:
+        return False
+    return node._sequence_nr() not in inside
 
 
 def _is_wide(node: Any, which: int) -> bool:
-    """True where result ``which`` of ``node``, not of the boundary, is in FP32 or FP64."""
-    wide = (torch.float32, torch.float64)
-    return not isinstance(node, INWARD) and node._input_metadata[which].dtype in wide
+    """True where result ``which`` of ``node`` is in FP32 or FP64."""
+    return node._input_metadata[which].dtype in _WIDE
 
 
 def _check_entry(node: Any, user: str, gate: Gate, inside: Intervals) -> None:
@@ -290,10 +371,9 @@ def _check_entry(node: Any, user: str, gate: Gate, inside: Intervals) -> None:
         )
     if node._sequence_nr() in inside:
         raise ScaledGradientError(
-            f"an activation made inside a switched model (the result of {node.name()}) is used "
-            f"outside of it by {user}: its gradient would enter the region without the loss scale. "
-            "Return the activation from forward as part of the output, or pass it through "
-            "switch.outside(activation) where it is captured"
+            f"an activation made inside a switched model (the result of {node.name()}) is {user}: its "
+            "gradient would enter the region without the loss scale. Return the activation from forward as "
+            "part of the output, or pass it through switch.outside(activation) where it is captured"
         )
 
 

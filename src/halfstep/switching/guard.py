@@ -323,7 +323,7 @@ def _stand_in(optimizer: Optimizer, kept: set[int], dummy: Tensor | None = None)
     made = kind.__new__(kind)
     made.__dict__.update(_apart(optimizer.__dict__, kept))
     for key, value in optimizer.__dict__.items():
-        if isinstance(value, Optimizer):  # one that another wraps, and steps
+        if isinstance(value, Optimizer) and value is not optimizer:  # wrapped, and stepped by it
             made.__dict__[key] = _stand_in(value, kept, dummy)
     if isinstance(getattr(kind, "param_groups", None), property):
         return made  # the wrapped one's
