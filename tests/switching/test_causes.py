@@ -259,3 +259,50 @@ def test_impossible_paths_of_a_ctc_loss_are_not_to_blame():
         model(X).backward()
         optimizer.step()
     assert 0 < switch.skipped_steps < 29 and switch.last_step.applied
+
+
+def penalised(model, x):
+    """The loss of a critic with a gradient penalty: gradients of 1, which FP16 cannot hold times 2^16."""
+    x = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return model(x).mean() + (g.norm(dim=1) - 1).square().mean()
+
+
+def adversarial(model, x):
+    """A loss on inputs that were moved along their gradient."""
+    x = x.clone().requires_grad_()
+    (10 * model(x).sum()).backward()
+    moved = x.detach() + 0.1 * x.grad / x.grad.norm(dim=1, keepdim=True)
+    model.zero_grad()
+    return model(moved).square().mean()
+
+
+@pytest.mark.parametrize("loss", [penalised, adversarial])
+def test_a_loss_made_of_gradients_that_the_scale_made_inf_lowers_the_scale(loss):
+    model = Net()
+    optimizer = sgd(model, lr=1e-2)
+    switch = halfstep.switch(model, optimizer, "fp16")
+    before = copy.deepcopy(model.state_dict())
+    reports = []
+    switch.on_step(reports.append)
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss(model, X).backward()
+        optimizer.step()
+        if not switch.last_step.applied:
+            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    skipped = [r.applied for r in reports].index(True)
+    assert 1 <= skipped < 8
+    assert all(r.applied for r in reports[skipped:])
+    assert switch.loss_scale == 2.0 ** (16 - skipped)
+
+
+def test_a_loss_made_of_gradients_is_an_error_at_once_where_the_data_is_to_blame():
+    model = Net()
+    optimizer = sgd(model, lr=1e-2)
+    halfstep.switch(model, optimizer, "fp16:initial=16")
+    x = X.clone()
+    x[2, 1] = torch.nan
+    penalised(model, x).backward()
+    with pytest.raises(NonFiniteError, match="what forward was given is not finite"):
+        optimizer.step()

@@ -242,3 +242,19 @@ def test_a_switched_model_is_refused_and_one_switched_off_is_not():
     with halfstep.emulate("bf16") as emulation:
         model(torch.ones(2, 4)).sum().backward()
     assert emulation.operations
+
+
+def test_a_loss_made_of_gradients_that_the_scale_made_inf_lowers_the_scale():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x = torch.randn(6, 4).requires_grad_()
+    with halfstep.emulate("fp16") as emulation:
+        for _ in range(8):
+            optimizer.zero_grad()
+            (g,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            (g.norm(dim=1) - 1).square().mean().backward()
+            optimizer.step()
+    assert emulation.last_step.applied
+    assert 1 <= emulation.summary().skipped_steps < 6
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -30,12 +30,16 @@ __all__ = ["INWARD", "OUTWARD", "Gate", "enter", "leave", "lower_many", "scaled"
 
 
 class Gate:
-    """The loss scale as the boundary sees it: ``scale`` now, and who is told of a backward that enters."""
+    """The loss scale as the boundary sees it: ``scale`` now, and who is told of a backward that enters.
 
-    __slots__ = ("on_backward", "scale")
+    ``gave`` is set when a gradient leaves that a loss may be made of: an input's, or one with a graph.
+    """
+
+    __slots__ = ("gave", "on_backward", "scale")
 
     def __init__(self, scale: float) -> None:
         self.scale: float = scale
+        self.gave = False
         self.on_backward: Callable[[], None] = _ignore
 
 
@@ -61,6 +65,7 @@ class _Enter(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.gate.gave = True
         return (
             _Leave.apply(grad, ctx.gate, ctx.gate.scale / ctx.factor, ctx.dtype),
             None,
@@ -108,6 +113,7 @@ class _LowerMany(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         scale = ctx.gate.scale
         if torch.is_grad_enabled():  # double backward: every step must leave a node
+            ctx.gate.gave = True
             out = [
                 None if g is None else _Leave.apply(g, ctx.gate, scale, dtype)
                 for g, dtype in zip(grads, ctx.dtypes, strict=True)

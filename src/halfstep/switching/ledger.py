@@ -24,6 +24,8 @@ __all__ = ["Ledger", "not_finite_at_floor"]
 _BACKWARDS_KEPT = 1024
 _LOSSES_KEPT = 64
 _SUSPICIOUS = 4
+_NOT_THE_SCALES = frozenset({"weights", "data", "forward"})
+"""Phases of a step in which what is not finite is none of the loss scale's doing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,15 +95,23 @@ class Ledger:
         if self._judged:
             self._tasks.clear()
             self._losses.clear()
-            self._judged = False
+            self._judged = self.gate.gave = False
         self._tasks.append(task)
         for root in engine.roots():
             if root.numel() == 1:
                 self._losses.append(root.detach())
 
     def loss_error(self) -> NonFiniteError | None:
-        """The error where the loss of a backward that the next step is about is inf or NaN."""
-        return _loss_error(self._losses)
+        """The error where the loss of a backward that the next step is about is inf or NaN.
+
+        None where it is made of gradients (a penalty on their norm, an adversarial input) that the scale made
+        inf: a lower one mends that.
+        """
+        error = _loss_error(self._losses)
+        if error is None or not self.gate.gave or self.exhausted():
+            return error
+        finding = self.locate()
+        return error if finding.phase in _NOT_THE_SCALES else None
 
     # -- steps ----------------------------------------------------------------------------------------
 
@@ -141,7 +151,7 @@ class Ledger:
         if (self._overflows + 1) % _SUSPICIOUS:
             return
         finding = self.locate()
-        blamed = {"weights", "data", "forward"}
+        blamed = set(_NOT_THE_SCALES)
         if self._concerned() == [
             self
         ]:  # else another model's scale may have made what came to our output

@@ -247,9 +247,11 @@ class Emulation(contextlib.ContextDecorator):
             yield
         finally:
             _local.records = before
+            self.ledger.gate.gave |= records
 
     def _returned(self, t: Tensor) -> None:
         """Gradients that a program asks for are FP32, as those of its leaves are."""
+        self.ledger.gate.gave = True
         if is_functorch_wrapped_tensor(t):
             return
         if self._mode.masters_wide and t.dtype in CARRIERS and not self._is_paused():
