@@ -79,6 +79,14 @@ PROGRAMS = {
     "rnn": (lambda: Recurrent(nn.RNN), lambda: torch.randn(SERIES)),
 }
 RECIPES = ["fp16", "bf16", "fp16-noscale", "fp16-acc16", "fp16-acc16-chunk64", "fp16-nomaster"]
+BY_ROLE = [
+    "fp8:keep=none",
+    "mxfp8",
+    "mxfp6",
+    "nvfp4:keep=none,hadamard=0,gradient_rounding=nearest",
+    "int8:keep=none",
+    "fp8-block:keep=none",
+]
 
 STEPS = 2
 
@@ -144,6 +152,18 @@ def test_two_steps_are_the_same(name, recipe):
             assert torch.equal(a, b), key
             continue
         assert (a - b).norm() <= bound * a.norm(), key
+
+
+@pytest.mark.parametrize("recipe", BY_ROLE)
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_operands_by_role_are_the_same(name, recipe):
+    """Each is rounded to the store format, then to its role's, in blocks along what is summed over."""
+    for key, (a, b) in both(name, recipe, 1).items():
+        if not key.endswith(("weight", "weight.grad")):
+            assert torch.equal(a, b), key
+            continue
+        # The two transpose another side of a weight's gradient, which sums over 8 x 6 rows at most.
+        assert (a - b).norm() <= flips(1, UNIT["bf16"], 2 * 48) * a.norm(), key
 
 
 def test_a_scale_is_of_no_account_but_where_gradients_are_small():

@@ -11,7 +11,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from halfstep.errors import OperandError
-from halfstep.format import BlockFormat, Kind, Rounding
+from halfstep.format import BlockFormat, Format, Kind, Rounding
 from halfstep.ops import native_blocks
 from halfstep.ops.backends import Backend, choose
 from halfstep.ops.bit_packing import packed_length, stored_as
@@ -30,6 +30,7 @@ from halfstep.ops.custom import (
 )
 from halfstep.ops.layout import PLAIN
 from halfstep.ops.random_bits import Key, draw_key
+from halfstep.ops.rounding import round_to
 
 __all__ = ["block_rounder", "quantize_blocks", "round_blocks"]
 
@@ -135,12 +136,15 @@ def round_blocks(
     return _StraightThrough.apply(x, *arguments) if wants_grad else _rounded(x, *arguments)
 
 
-def block_rounder(format: BlockFormat) -> Callable[[Tensor, int], Tensor]:
+def block_rounder(
+    format: BlockFormat, first: Format | None = None
+) -> Callable[[Tensor, int], Tensor]:
     """A function that gives ``round_blocks(x, format, dim)`` of tensors that have axes, without a graph.
 
-    For callers with many small tensors: what depends on the format alone is decided here.
+    With ``first``, of ``round_to(x, first)``. For callers with many small tensors: what depends on the
+    format alone is decided here.
     """
-    native_one = native_blocks.rounder(format)
+    native_one = native_blocks.rounder(format, first)
 
     def rounded(x: Tensor, dim: int) -> Tensor:
         if (
@@ -153,7 +157,8 @@ def block_rounder(format: BlockFormat) -> Callable[[Tensor, int], Tensor]:
             out = native_one(x, dim)
             if out is not None:
                 return out
-        return round_blocks(x.detach(), format, dim)
+        x = x.detach()
+        return round_blocks(x if first is None else round_to(x, first), format, dim)
 
     return rounded
 

@@ -115,8 +115,12 @@ def round_into(
     return None
 
 
-def rounder(format: BlockFormat) -> Callable[[Tensor, int], Tensor | None] | None:
+def rounder(
+    format: BlockFormat, first: Format | None = None
+) -> Callable[[Tensor, int], Tensor | None] | None:
     """``x`` with blocks along ``dim``, rounded to nearest, in a new tensor; None where there is no kernel.
+
+    ``first``: a format that ``x`` is rounded to before.
 
     For FP32 tensors with memory of their own, and no graph. None for what takes more: axes that do not lie
     as a contiguous tensor's or, of a matrix, its transpose's; and what the kernels pass on.
@@ -130,6 +134,12 @@ def rounder(format: BlockFormat) -> Callable[[Tensor, int], Tensor | None] | Non
         native.CODES[Rounding.NEAREST],
     )
     last = (-1, 1)
+    if first is not None and (
+        not native.holds(torch.float32, first) or native.refuses_round(first, ())
+    ):
+        return None
+    grid = None if first is None else native.grid_of(first, Rounding.NEAREST, in_float64=False)
+    round_first = native.core().round_to
 
     @lru_cache(maxsize=1024)
     def layout_of(shape: torch.Size, dim: int) -> Any:
@@ -146,6 +156,9 @@ def rounder(format: BlockFormat) -> Callable[[Tensor, int], Tensor | None] | Non
             return None
         out = torch.empty_like(x)
         at, to, threads = x.data_ptr(), out.data_ptr(), torch.get_num_threads()
+        if grid is not None:
+            round_first(at, carrier, to, carrier, False, n, grid, code, 0, 0, 0, threads)
+            at = to
         return out if run(layout, at, carrier, to, n, code, 0, 0, threads) else None
 
     return rounded

@@ -92,7 +92,7 @@ def _convolved(
         )
         wide_w = _rounded_weight(emulator, weight, _CHANNELS, site, graph=True)
         out = convolve(wide_x, wide_w, None, emulator.accumulate)
-        out = emulator.gradient_rounded(out, _CHANNELS, site)
+        out = _plane(out, _CHANNELS, lambda t: emulator.gradient_rounded(t, _CHANNELS, site))
     if bias is not None:
         out = out + emulator.operand(bias).view(-1, *[1] * dims)
     out = emulator.store(out)

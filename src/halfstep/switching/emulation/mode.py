@@ -15,7 +15,7 @@ their results are torch's, bit for bit. All else computes in FP32 and is rounded
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -306,36 +306,39 @@ class EmulationMode(TorchDispatchMode):
         numbers = self.numbers
         if bias is not None and not known[2] & (LOW | WIDE):
             bias = numbers.stored(bias)
-        x = numbers.reads[known[0] & (ROLES | LOW)](x, 1, 1.0)
-        weight = numbers.reads[known[1] & (ROLES | LOW)](weight, 1, 1.0)
+        x = numbers.plane(x, known[0], 1)
+        weight = numbers.kernel(weight, known[1], 0 if geometry[3] else 1)
         made = numbers.store(_CONVOLUTION(x, weight, bias, *geometry), None)
         self.marks.set(made, role | LOW)
         return made
 
-    def _dot(self, call: Call, summed: tuple[int, ...] = ()) -> Any:
+    def _dot(self, call: Call, summed: tuple[int | None, ...] = ()) -> Any:
+        """Its operands rounded along the axes ``summed``, one that is None not at all; the sum rounded."""
         numbers, it = self.numbers, call.it
         wanted = torch.float64 if call.has_double else torch.float32
         gradients = 0
+        if it.name == "convolution_backward" and not summed:
+            return self._convolution_backward(call)
+        ways: Iterator[Any] = iter(())
+        if it.name in ("convolution", "_convolution"):
+            ways = iter((numbers.plane, numbers.kernel))
+            summed = (1, 0 if call.args[6] and self.accumulate is FP32_SUMS else 1)
+        elif it.name == "convolution_backward":
+            ways = iter((numbers.plane, numbers.plane, numbers.kernel))
         dims = iter(summed or it.summed)
 
         def operand(t: Tensor) -> Tensor:
             nonlocal gradients
-            dim = next(dims, -1)
-            if not t.dim():
+            dim, read = next(dims, -1), next(ways, numbers.operand)
+            if dim is None or not t.dim():
                 return to(t, torch.float32)
             marks = call.marks_of(t)
             if not marks & GRADIENT:
-                return to(numbers.operand(t, marks, max(dim, -t.dim())), torch.float32)
+                return to(read(t, marks, max(dim, -t.dim())), torch.float32)
             gradients += 1
-            rounded = to(numbers.operand(t, marks, max(dim, -t.dim()), call.scale), torch.float32)
+            rounded = to(read(t, marks, max(dim, -t.dim()), call.scale), torch.float32)
             return rounded * call.scale if scaled else rounded
 
-        if (
-            it.name == "convolution_backward"
-            and not numbers.ignores_axes
-            and all(call.args[-1][:2])
-        ):
-            return self._convolution_backward(call)
         # A narrow accumulator sums what the scaled program has; to an FP32 one a scale is all the same.
         scaled = call.scale != 1.0 and self.accumulate is not FP32_SUMS
         args, kwargs = call.mapped(operand)
@@ -360,17 +363,28 @@ class EmulationMode(TorchDispatchMode):
         return target
 
     def _convolution_backward(self, call: Call) -> Any:
-        """Its products one by one, since each sums over other axes."""
-        *args, (first, second, third) = call.args
+        """Its products as the switch has them: each along its own axis; one rounding for both where one does.
+
+        Sums that are not FP32's have blocks along the channels in both. A bias is no operand: its gradient is
+        the sum of a gradient in the store format.
+        """
+        numbers = self.numbers
+        *args, (of_x, of_w, of_bias) = call.args
+        if numbers.gradient_is_stored and numbers.ignores_axes:
+            return self._dot(call, (1, 1, 1))
         found: list[Any] = [None, None, None]
-        over_channels = (1, 1, 1 if call.args[7] else 0)
-        for mask, summed in (
-            ((first, False, False), over_channels),
-            ((False, second, third), (0, 0, 0)),
-        ):
-            part = Call(self, call.it, (*args, list(mask)), call.kwargs, call.node)
-            for k, t in enumerate(self._dot(part, summed)):
-                found[k] = t if mask[k] else found[k]
+        parts: list[tuple[tuple[bool, ...], tuple[int | None, ...]]] = [((of_x, of_w), (1, 1, 1))]
+        if self.accumulate is FP32_SUMS and not numbers.ignores_axes:
+            outputs = 1 if call.args[7] else 0
+            parts = [((of_x, False), (1, None, outputs)), ((False, of_w), (0, 0, None))]
+        for mask, summed in parts:
+            if any(mask):
+                part = Call(self, call.it, (*args, [*mask, False]), call.kwargs, call.node)
+                for k, t in enumerate(self._dot(part, summed)):
+                    found[k] = found[k] if t is None else t
+        if of_bias:
+            grad = call.rounded(args[0])
+            found[2] = call.results(grad.sum([0, *range(2, grad.dim())]))
         return tuple(found)
 
     def _move(self, call: Call) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from halfstep import ops
-from halfstep.format import Format
+from halfstep.format import BlockFormat, Format
 from halfstep.recipe import Recipe
 from halfstep.switching.operands import Operands, Role, Site
 
@@ -85,7 +85,17 @@ class Numbers:
     ``dtype`` is torch's dtype of the store format, or FP32 where torch has none.
     """
 
-    __slots__ = ("_format", "_operands", "_rows", "_store", "dtype", "identity", "reads", "recipe")
+    __slots__ = (
+        "_format",
+        "_operands",
+        "_rows",
+        "_store",
+        "_tiled",
+        "dtype",
+        "identity",
+        "reads",
+        "recipe",
+    )
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -97,10 +107,35 @@ class Numbers:
         self._rows = ops.row_rounder(self._format)
         self.reads: dict[int, Callable[[Tensor, int, float], Tensor]] = {}
         """By role, and whether it is of the store format: how a dot product reads it; see `operand`."""
+        self._tiled: set[int] = set()
+        """The roles whose blocks span a second axis."""
         for mark, role in _ROLES.items():
-            self.reads[mark] = self._reader(role)
-            same = self._operands.format(role) == self._format
-            self.reads[mark | LOW] = _as_it_is if same else self.reads[mark]
+            format = self._operands.format(role)
+            read = self._reader(role)
+            if format == self._format:
+                self.reads[mark], self.reads[mark | LOW] = read, _as_it_is
+            else:
+                self.reads[mark], self.reads[mark | LOW] = self._after_store(role, read), read
+            if isinstance(format, BlockFormat) and format.rows > 1:
+                self._tiled.add(mark)
+
+    def _after_store(
+        self, role: Role, read: Callable[[Tensor, int, float], Tensor]
+    ) -> Callable[[Tensor, int, float], Tensor]:
+        """Operands flow in the store format, a weight's working copy too: rounded to it first."""
+        if self.identity:
+            return read
+        format = self._operands.format(role)
+        if not isinstance(format, BlockFormat) or self._operands.is_stochastic(role):
+            return lambda t, dim, scale: read(self.stored(t, scale), dim, scale)
+        in_blocks = ops.block_rounder(format, self._format)
+
+        def both(t: Tensor, dim: int, scale: float) -> Tensor:
+            if scale == 1.0 and t.dtype is torch.float32:
+                return in_blocks(t, dim)
+            return read(self.stored(t, scale), dim, scale)
+
+        return both
 
     def _reader(self, role: Role) -> Callable[[Tensor, int, float], Tensor]:
         format = self._operands.format(role)
@@ -144,6 +179,27 @@ class Numbers:
     def operand(self, t: Tensor, marks: int, dim: int, scale: float = 1.0) -> Tensor:
         """``t`` as a dot product that sums over ``dim`` reads it: rounded to the format of its role."""
         return self.reads[marks & (ROLES | LOW)](t, dim, scale)
+
+    def plane(self, t: Tensor, marks: int, dim: int, scale: float = 1.0) -> Tensor:
+        """As `operand`, of a convolution's (N, C, *positions): its axes after ``dim`` are one to a tile."""
+        read = self.reads[marks & (ROLES | LOW)]
+        if marks & ROLES not in self._tiled:
+            return read(t, dim, scale)
+        return read(t.flatten(dim + 1), dim, scale).view(t.shape)
+
+    def kernel(self, t: Tensor, marks: int, dim: int, scale: float = 1.0) -> Tensor:
+        """As `operand`, of a convolution's weight: tiles span its first two axes, ``dim`` is one of them."""
+        read = self.reads[marks & (ROLES | LOW)]
+        if marks & ROLES not in self._tiled:
+            return read(t, dim, scale)
+        last = t.dim() - 2
+        turned = t.permute(*range(2, t.dim()), 0, 1).contiguous()
+        return read(turned, dim - 2, scale).permute(last, last + 1, *range(last))
+
+    @property
+    def gradient_is_stored(self) -> bool:
+        """True where a dot product reads a gradient in the store format."""
+        return self._operands.format(Role.GRADIENT) == self._format
 
     @property
     def ignores_axes(self) -> bool:

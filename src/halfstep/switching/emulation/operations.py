@@ -30,7 +30,6 @@ _SUMMED = {
     "addbmm": (-1, -1, -2),
     "baddbmm": (-1, -1, -2),
     "addmv": (-1, -1, -1),
-    "convolution": (1, 1),
 }
 
 
