@@ -76,6 +76,8 @@ def to(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 _ROLES = {WEIGHT: Role.WEIGHT, ACTIVATION: Role.ACTIVATION, GRADIENT: Role.GRADIENT}
 _SITE = Site("", named=False)
+# Of a convolution's weight, by its dimensions: the two axes of channels to the end, and to where they were.
+_TURNS = {n: ((*range(2, n), 0, 1), (n - 2, n - 1, *range(n - 2))) for n in (3, 4, 5)}
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -185,16 +187,16 @@ class Numbers:
         read = self.reads[marks & (ROLES | LOW)]
         if marks & ROLES not in self._tiled:
             return read(t, dim, scale)
-        return read(t.flatten(dim + 1), dim, scale).view(t.shape)
+        return read(t.flatten(dim + 1), dim, scale).view_as(t)
 
     def kernel(self, t: Tensor, marks: int, dim: int, scale: float = 1.0) -> Tensor:
         """As `operand`, of a convolution's weight: tiles span its first two axes, ``dim`` is one of them."""
         read = self.reads[marks & (ROLES | LOW)]
         if marks & ROLES not in self._tiled:
             return read(t, dim, scale)
-        last = t.dim() - 2
-        turned = t.permute(*range(2, t.dim()), 0, 1).contiguous()
-        return read(turned, dim - 2, scale).permute(last, last + 1, *range(last))
+        there, back = _TURNS[t.dim()]
+        turned = t.permute(there).contiguous()
+        return read(turned, dim - 2, scale).permute(back)
 
     @property
     def gradient_is_stored(self) -> bool:
