@@ -195,3 +195,27 @@ def test_small_gradients_live_by_the_scale_alone():
     rtol = 2.0**-25 / (1e-8 * 1024) + 2.0**-25 / (2e-8 * 1024)
     assert torch.allclose(found["fp16:initial=1024"], right, rtol=rtol)
     assert torch.allclose(found["bf16"], right, rtol=gamma(2, UNIT["bf16"]))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_large_recurrent_layer_is_the_switchs_bit_for_bit(kind):
+    """Its products are oneDNN's there, in the backward too: nothing is rounded again, or in no list."""
+
+    def train(emulated):
+        torch.manual_seed(0)
+        layer = kind(64, 128, batch_first=True)
+        x = torch.randn(8, 16, 64)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        switch = None if emulated else halfstep.switch(layer, optimizer, "fp16:initial=1024")
+        with halfstep.emulate("fp16:initial=1024" if emulated else "fp32") as emulation:
+            out = layer(x)[0]
+            (out * torch.ones(())).sum().backward()
+        if switch is not None:
+            switch.off()
+        return out.detach(), [p.grad for p in layer.parameters()], str(emulation.summary())
+
+    wanted, got = train(False), train(True)
+    assert torch.equal(wanted[0], got[0])
+    for a, b in zip(wanted[1], got[1], strict=True):
+        assert torch.equal(a, b)
+    assert "in no list" not in got[2]

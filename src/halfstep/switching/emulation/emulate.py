@@ -375,8 +375,9 @@ class Emulation(contextlib.ContextDecorator):
             outs = tuple(leave(out, gate, torch.float32) for out in outs)
         finally:
             _local.paused -= 1
-        for operation in [it for it in self._mode.operations.values() if it.op is op]:
-            operation.count += 1
+        layer = self._mode.operation(op)
+        layer.kind = Treatment.DOT  # met above the dispatch modes, so in no list of what they see
+        layer.count += 1
         for out in outs:
             self._mode.set_marks(out, ACTIVATION | LOW)
         return outs
@@ -402,7 +403,7 @@ class Emulation(contextlib.ContextDecorator):
         found: dict[str, dict[str, int]] = {}
         seen = sorted(self._mode.operations.values(), key=lambda it: (-it.count, it.text))
         for kind in Treatment:
-            counts = {it.text: it.count for it in seen if it.kind is kind}
+            counts = {it.text: it.count for it in seen if it.kind is kind and it.count}
             if counts:
                 found[kind.value] = counts
         return found

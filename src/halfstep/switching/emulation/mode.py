@@ -105,9 +105,9 @@ class EmulationMode(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        it = self.operations.get(id(func))  # it keeps ``func``, whose hash is slow
-        if it is None:
-            it = self.operations[id(func)] = Operation(func, self.recipe.policy)
+        if not self._identity and self.is_paused():
+            return func(*args, **kwargs)
+        it = self.operations.get(id(func)) or self.operation(func)
         it.count += 1
         for t in types:
             if t not in _PLAIN:
@@ -115,7 +115,7 @@ class EmulationMode(TorchDispatchMode):
                     NotImplemented  # a subclass takes itself apart; what it is made of comes here
                 )
         kind = it.kind
-        if self._identity or self.is_paused():
+        if self._identity:
             return func(*args, **kwargs)
         if kind is Treatment.VIEW:
             return self._view(it, args, kwargs)
@@ -127,6 +127,7 @@ class EmulationMode(TorchDispatchMode):
             if name == _ACCUMULATE and self.masters_wide:
                 return self._accumulate(func, args, kwargs)
             if name in _OWN_NODES:
+                it.count -= 1  # a part of what was counted in the forward
                 return func(*args, **kwargs)
             if torch.is_grad_enabled() and not self.creates_graph():
                 node = None  # a forward that runs again inside a backward: checkpointing
@@ -143,6 +144,13 @@ class EmulationMode(TorchDispatchMode):
                 self.set_marks(out, ACTIVATION | WIDE)  # single numbers, side by side
             return out
         return _HANDLERS[kind](self, call)
+
+    def operation(self, func: torch._ops.OpOverload) -> Operation:
+        """What is known of ``func`` here: its class and how often it was seen."""
+        it = self.operations.get(id(func))  # it keeps ``func``, whose hash is slow
+        if it is None:
+            it = self.operations[id(func)] = Operation(func, self.recipe.policy)
+        return it
 
     def _accumulate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Gradients of leaves are FP32, as the masters are."""
