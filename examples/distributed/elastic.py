@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/distributed/e
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 import halfstep
 
 path, killed = Path(sys.argv[1]), "--kill" in sys.argv
-dist.init_process_group("gloo")
+# ranks that do not meet are started again, too: torch waits for half an hour
+dist.init_process_group("gloo", timeout=timedelta(seconds=90))
 torch.set_num_threads(1)
 torch.manual_seed(0)
 images, digits = (torch.from_numpy(array) for array in mnist_data())
