@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import halfstep
 from twins import RECIPES, UNIT, check, on
 
 pytestmark = pytest.mark.parametrize("recipe", RECIPES)
@@ -155,3 +156,20 @@ def test_maximum_norm_is_refused_or_kept(recipe):
     on(model, recipe)
     with pytest.raises(SwitchError, match="weight was changed in place inside forward"):
         model(INDEX)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("rows", [17, 5000])
+def test_an_embedding_by_itself_has_sparse_gradients(recipe, kind, rows):
+    """Small and large, with nothing beside it: at scale 1 its copy is a cast; torch's own has none."""
+    model = kind(rows, 10, sparse=True)
+    optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.01)
+    switch = halfstep.switch(model, optimizer, recipe)
+    before = model.weight.detach().clone()
+    (0.01 * model(torch.tensor([[1, 2, 3], [3, 4, 5]])).square().sum()).backward()
+    assert model.weight.grad.is_sparse
+    assert model.weight.grad.dtype == torch.float32
+    optimizer.step()
+    assert switch.last_step.applied
+    moved = (model.weight != before).any(1).nonzero().flatten().tolist()
+    assert moved == [1, 2, 3, 4, 5]

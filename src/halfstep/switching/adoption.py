@@ -121,7 +121,8 @@ def adopt(root: nn.Module, runner: Runner) -> list[nn.Module]:
             new.append(module)
         if not isinstance(state["_parameters"], LazyParameters):
             names = frozenset(n for n in state["_parameters"] if keeps_fp32(module, n))
-            state["_parameters"] = LazyParameters(state["_parameters"], names)
+            lazy = state["_parameters"] = LazyParameters(state["_parameters"], names)
+            lazy.sparse = bool(getattr(module, "sparse", False))
     for module in root.modules():
         if is_fully_sharded(module):
             for part in module.modules():

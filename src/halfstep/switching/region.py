@@ -61,13 +61,15 @@ class LazyParameters(dict):
     ``state_dict()`` use, give masters. Copies and pickles are plain dicts: a copied model is unswitched.
     """
 
-    __slots__ = ("fp32", "fully_sharded", "writes")
+    __slots__ = ("fp32", "fully_sharded", "sparse", "writes")
 
     def __init__(self, parameters: dict[str, Any], fp32: frozenset[str]) -> None:
         super().__init__(parameters)
         self.fp32 = fp32
         self.fully_sharded = False
         """Within fully_shard: what is sharded is for its own machinery; forward reads what it puts here."""
+        self.sparse = False
+        """Gradients are sparse: an embedding's, where it is told so. torch's own cast has none for those."""
         self.writes = 0
         """How often a parameter was added, replaced or removed."""
 
@@ -216,7 +218,7 @@ class Region:
             self._remember(copy, master)
             return copy
         bucket = self.buckets.of(master, dtype)
-        if len(bucket) == 1 and not self.lowers_through_boundary:
+        if len(bucket) == 1 and not self.lowers_through_boundary and not owner.sparse:
             # At scale 1 torch's own cast is all the boundary there is; made where the weight is read, it
             # leaves the copy in the cache.
             copy = self._copies[index] = master.to(dtype)
