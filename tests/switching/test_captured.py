@@ -214,3 +214,57 @@ def test_outputs_of_every_kind_are_right(form):
         return {"x": x.grad, **gradients(model)}
 
     holds(Giving, program)
+
+
+class Hidden:
+    """An output in which no tensor is found: a distribution of a library's own."""
+
+    def __init__(self, mean):
+        self._mean = mean
+
+    def loss(self):
+        return (self._mean.float() - Y).square().mean()
+
+
+def test_an_output_that_hides_its_tensors_is_right_and_its_overflows_lower_the_scale():
+    weight = nn.Parameter(torch.ones(4))
+
+    class Distributed(Net):
+        def forward(self, x):
+            return Hidden(self.net(x) * weight)
+
+    def program(model, optimizer, switch):
+        weight.grad = None
+        model(X).loss().backward()
+        return {"weight": weight.grad.clone(), **gradients(model)}
+
+    holds(Distributed, program, 4 * PER_LAYER)
+    model = Distributed()
+    optimizer = sgd(model, 0.01)
+    switch = halfstep.switch(model, optimizer, "fp16:initial=1048576")
+    for _ in range(12):
+        optimizer.zero_grad()
+        (100 * model(X).loss()).backward()
+        optimizer.step()
+    assert switch.last_step.applied
+    assert switch.skipped_steps > 2
+    assert switch.loss_scale == 2.0 ** (20 - switch.skipped_steps)
+
+
+def test_a_leaf_that_only_a_captured_term_is_made_of_has_the_true_gradient():
+    class Aside(Net):
+        def __init__(self):
+            super().__init__()
+            self.hidden = [nn.Parameter(torch.full((16,), 0.5))]
+
+        def forward(self, x):
+            h = self.net[:2](x)
+            self.aside = (h * self.hidden[0]).float().square().mean()
+            return self.net[2:](h)
+
+    def program(model, optimizer, switch):
+        out = model(X)
+        (mse(out) + model.aside).backward()
+        return {"hidden": model.hidden[0].grad, **gradients(model)}
+
+    holds(Aside, program, 4 * PER_LAYER)

@@ -41,6 +41,8 @@ __all__ = [
 ]
 
 _SHAPES_KEPT = 4096
+_NO_NODE = 1 << 62
+"""Above the number of any node: what is outside is then all that is not inside a region."""
 
 
 def _references(node: Any) -> int:
@@ -137,10 +139,17 @@ def mend_forward(
             outputs.
     """
     known = {id(t) for t in inputs}
-    seen: set[Any] = set()
     # A tensor that has left already may be an output: it is not made to leave again.
     starts = (t.grad_fn for t in outputs if t.grad_fn is not None and not has_left(t))
     stack = [n for n in starts if not (isinstance(n, INWARD) or is_outside(n, first_node, inside))]
+    return _mend_from(stack, gate, first_node, inside, known, where)
+
+
+def _mend_from(
+    stack: list[Any], gate: Gate, first_node: int, inside: Intervals, known: set[int], where: str
+) -> bool:
+    """`mend_forward` from nodes of the region on."""
+    seen: set[Any] = set()
     mended = False
     while stack:
         node: Any = stack.pop()
@@ -179,6 +188,7 @@ def _leave_by(gate: Gate, where: str, grad: Tensor | None) -> Tensor | None:
 
 
 def _enter_by(gate: Gate, grad: Tensor | None) -> Tensor | None:
+    gate.on_backward()
     return None if grad is None else scaled(grad, gate, grad.dtype)
 
 
@@ -270,6 +280,7 @@ def mend_roots(roots: Iterable[Tensor], gate: Gate, inside: Intervals) -> None:
     readers: dict[Any, list[tuple[Any, int]]] = {}  # of a node: who reads which of its results
     wide: list[tuple[Any, int]] = []
     narrow: list[Any] = []
+    entered: list[Any] = []
     while stack:
         node = stack.pop()
         if node in seen or getattr(node, "variable", None) is not None:
@@ -283,10 +294,14 @@ def mend_roots(roots: Iterable[Tensor], gate: Gate, inside: Intervals) -> None:
             if following._sequence_nr() not in inside:
                 readers.setdefault(following, []).append((node, which))
                 stack.append(following)
-            elif _is_wide(following, which):
+                continue
+            entered.append(following)
+            if _is_wide(following, which):
                 wide.append((node, k))
             else:
                 narrow.append(node)
+    # what leads to no output was not walked after its forward
+    _mend_from(entered, gate, _NO_NODE, inside, set(), "the switched model")
     drawn_in = _drawn_in(narrow, readers, inside, starts) if narrow else set()
     for node, k in wide:
         if node not in drawn_in:
