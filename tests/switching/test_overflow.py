@@ -274,7 +274,7 @@ def test_schedulers_do_not_warn_and_go_on_after_a_skipped_first_step():
 def test_a_skipped_step_that_raises_leaves_the_optimizer_whole():
     class Needy(torch.optim.SGD):
         def step(self, closure=None):
-            torch.stack([p.sum() for g in self.param_groups for p in g["params"]][:1])
+            _ = [p.sum() for g in self.param_groups for p in g["params"]][5]
             return super().step(closure)
 
     model = mlp()
@@ -282,7 +282,7 @@ def test_a_skipped_step_that_raises_leaves_the_optimizer_whole():
     switch = halfstep.switch(model, optimizer, "fp16:initial=8")
     backward(model)
     model[0].bias.grad[0] = math.inf
-    with pytest.raises(RuntimeError, match="non-empty"):
+    with pytest.raises(IndexError):
         optimizer.step()
     assert len(optimizer.param_groups[0]["params"]) == 6
     optimizer.zero_grad()
