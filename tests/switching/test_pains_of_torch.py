@@ -15,6 +15,17 @@ pytestmark = pytest.mark.comparison
 X, Y = batch()
 
 
+def train(model, optimizer, scaler, steps):
+    """The loop of torch.amp's documentation, in fp16."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            out = model(X)
+        scaler.scale((out.float() - Y).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
 def test_1_torchs_reaches_zero_and_the_next_clean_batch_kills_the_weights():
     weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -119,13 +130,7 @@ def test_8_an_activation_that_overflows_lowers_the_scale_for_ever():
         model[2].weight.mul_(1e8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu")
-    for _ in range(30):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.float16):
-            out = model(X)
-        scaler.scale((out.float() - Y).square().mean()).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    train(model, optimizer, scaler, 30)
     assert scaler.get_scale() == 65536 / 2**30, "no scale helps, and none is as good as another"
 
 
@@ -204,13 +209,7 @@ def test_15_torchs_loses_a_layer_and_reports_nothing_of_it(recwarn, caplog):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-20)
     scaler = torch.amp.GradScaler("cpu")
-    for _ in range(3):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.float16):
-            out = model(X)
-        scaler.scale((out.float() - Y).square().mean()).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    train(model, optimizer, scaler, 3)
     assert scaler.get_scale() == 65536.0, "no step was skipped"
     assert not recwarn.list and not caplog.records
     moved = {k: not torch.equal(v, before[k]) for k, v in model.state_dict().items()}
