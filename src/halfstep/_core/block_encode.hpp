@@ -218,10 +218,11 @@ struct BlockQuantizer {
       return;
     }
     std::size_t i = 0, block = 0;
-    const auto four = [&](std::size_t second, std::size_t third, std::size_t fourth) {
+    const auto four = [&](std::size_t second, std::size_t third, std::size_t fourth)
+        __attribute__((always_inline)) {
       // the next piece comes from memory while this one is computed
-      __builtin_prefetch(x + i + block_piece);
-      __builtin_prefetch(x + i + block_piece + 2 * width);
+      for (std::size_t ahead = 0; ahead < 4 * width; ahead += 16)
+        __builtin_prefetch(x + i + block_piece + ahead);
       L::store_bytes(bytes + i, vector(i, block), vector(i + width, block + second),
                      vector(i + 2 * width, block + third), vector(i + 3 * width, block + fourth));
       i += 4 * width;

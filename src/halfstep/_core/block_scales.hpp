@@ -83,13 +83,20 @@ struct BlockScales {
   bool moderate = false;  // no quotient that is no zero of the format comes near the ends of float32
 };
 
-inline void store_scale_bytes(const float* scale, std::size_t n, std::uint8_t* to) {  // e4m3fn
-  for (std::size_t i = 0; i < n; ++i) {
-    const std::uint32_t bits = word_of(scale[i]);
-    const std::uint32_t normal = (bits >> 20) - (120u << 3);
-    const std::uint32_t even = word_of(scale[i] + 0x1p14f) - word_of(0x1p14f);
-    const std::uint32_t code = bits < (121u << 23) ? even : normal;
-    to[i] = std::uint8_t(bits > float_infinity ? 0x7Fu : code);
+template <class L>
+void store_scale_bytes(const float* scale, std::size_t n, std::uint8_t* to) {  // e4m3fn
+  constexpr std::size_t width = L::width;
+  std::uint8_t last[width];
+  for (std::size_t i = 0; i < n; i += width) {
+    const typename L::Bits bits = L::load(scale + i);
+    const auto normal = L::minus(L::shift_right(bits, 20), L::set(120u << 3));
+    const auto raised = L::bits(L::plus(L::number_of(bits), L::set_number(0x1p14f)));
+    const auto even = L::minus(raised, L::set(word_of(0x1p14f)));
+    const auto magnitude = L::and_(bits, L::set(0x7FFFFFFFu));
+    const auto code = L::select(L::less(L::set(float_infinity), magnitude), L::set(0x7Fu),
+                                L::select(L::less(bits, L::set(121u << 23)), even, normal));
+    L::store_bytes(i + width <= n ? to + i : last, code);
+    if (i + width > n) std::copy_n(last, n - i, to + i);
   }
 }
 
@@ -111,36 +118,46 @@ inline void powers_of_two(const BlockPlan& plan, const std::uint32_t* top, std::
   }
 }
 
-// `stored`: where they are also written, from number `at` on; null: nowhere.
+// `stored`: where they are also written, from number `at` on; null: nowhere. `top` has room for whole
+// vectors, as the arrays of `scales` have.
 template <class L>
-void find_scales(const BlockPlan& plan, const std::uint32_t* top, std::size_t n,
-                 BlockScales& scales, void* stored, std::size_t at) {
+void find_scales(const BlockPlan& plan, std::uint32_t* top, std::size_t n, BlockScales& scales,
+                 void* stored, std::size_t at) {
   auto* bytes = stored ? static_cast<std::uint8_t*>(stored) + at : nullptr;
   if (!plan.by_amax) return powers_of_two(plan, top, n, scales, bytes);
+  constexpr std::size_t width = L::width;
+  const std::size_t whole = (n + width - 1) / width * width;
+  std::fill(top + n, top + whole, top[0]);
+  const auto is_bad = [](typename L::Bits tops) { return L::less(L::set(float_infinity - 1), tops); };
   float* scale = scales.total;
-  for (std::size_t i = 0; i < n; ++i) {
-    const float quotient = float_of(top[i]) / plan.largest / plan.tensor_scale;
-    scale[i] = std::min(std::max(quotient, plan.least_scale), plan.most_scale);
+  for (std::size_t i = 0; i < whole; i += width) {
+    const auto amax = L::number_of(L::load(top + i));
+    const auto quotient = L::over(L::over(amax, L::set_number(plan.largest)),
+                                  L::set_number(plan.tensor_scale));
+    const auto enough = L::most(L::set_number(plan.least_scale), quotient);  // a NaN stays one
+    L::store(scale + i, L::bits(L::least(L::set_number(plan.most_scale), enough)));
   }
-  round_to<L>(scale, scale, n, 0, plan.scale, Rounding::nearest, Key{}, false);
-  for (std::size_t i = 0; i < n; ++i)
-    scale[i] = top[i] >= float_infinity ? float_of(float_nan) : scale[i];
+  round_to<L>(scale, scale, whole, 0, plan.scale, Rounding::nearest, Key{}, false);
+  for (std::size_t i = 0; i < whole; i += width)
+    L::store(scale + i, L::select(is_bad(L::load(top + i)), L::set(float_nan), L::load(scale + i)));
   if (stored && plan.scale_is_byte) {
-    store_scale_bytes(scale, n, bytes);
+    store_scale_bytes<L>(scale, n, bytes);
   } else if (stored) {
     std::copy_n(scale, n, static_cast<float*>(stored) + at);
   }
-  for (std::size_t i = 0; i < n; ++i)
-    scales.total[i] = scales.factor[i] =
-        top[i] >= float_infinity ? float_of(float_nan) : scale[i] * plan.tensor_scale;
-  std::uint32_t most = 0;
-  float least = 0x1p127f;
-  for (std::size_t i = 0; i < n; ++i) {
-    scales.inverse[i] = 1.0f / scales.factor[i];
-    most = std::max(most, std::max(top[i], word_of(scales.factor[i])));
-    least = std::min(least, scales.factor[i]);
+  typename L::Bits most = L::set(0), least = L::set(0);  // of factors the complement's largest
+  for (std::size_t i = 0; i < whole; i += width) {
+    const typename L::Bits tops = L::load(top + i);
+    const auto product = L::times(L::number_of(L::load(scale + i)), L::set_number(plan.tensor_scale));
+    const auto factor = L::select(is_bad(tops), L::set(float_nan), L::bits(product));
+    L::store(scales.total + i, factor);
+    L::store(scales.factor + i, factor);
+    L::store(scales.inverse + i, L::bits(L::over(L::set_number(1.0f), L::number_of(factor))));
+    most = L::max_words(most, L::max_words(tops, factor));
+    least = L::max_words(least, L::minus(L::set(0xFFFFFFFFu), factor));
   }
-  scales.moderate = plan.element.quantum_exponent > -30 && least > 0x1p-60f && float_of(most) < 0x1p60f;
+  scales.moderate = plan.element.quantum_exponent > -30 &&
+                    float_of(~L::top_word(least)) > 0x1p-60f && float_of(L::top_word(most)) < 0x1p60f;
 }
 
 }  // namespace

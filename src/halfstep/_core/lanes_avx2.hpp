@@ -20,6 +20,9 @@ struct Avx2Lanes {
   static constexpr int width = 8;
   static constexpr int mantissa_bits = 23;
 
+  static Bits load(const std::uint32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
   static Bits load(const float* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }

@@ -19,6 +19,7 @@ struct Avx512Lanes {
   static constexpr int mantissa_bits = 23;
 
   static Bits load(const float* p) { return _mm512_loadu_si512(p); }
+  static Bits load(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
   static void store(float* p, Bits b) { _mm512_storeu_si512(p, b); }
   static void stream(float* p, Bits b) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), b); }
   static void fence() { _mm_sfence(); }

@@ -23,6 +23,7 @@ struct PortableLanes {
   static constexpr int mantissa_bits = mantissa;
 
   static Bits load(const Number* p) { return bits(*p); }
+  static Bits load(const Bits* p) { return *p; }
   static void store(Number* p, Bits b) { *p = number_of(b); }
   static void stream(Number* p, Bits b) { store(p, b); }
   static void fence() {}

@@ -89,7 +89,14 @@ CASES = (
     EXACT_FMA,
     ANY_FORMAT,
     _case("bf16, exact FMA", 0.22, "bf16"),
-    _case("fp16 in chunks of 64, fp32 between", 0.30, "fp16/chunk64/between-fp32"),
+    *(
+        _case(f"{name} in chunks of 64, fp32 between", 0.30, f"{sums}/chunk64/between-fp32", operands)
+        for name, sums, operands in (
+            ("fp16, product and sum rounded,", "fp16/products-rounded", "fp16"),
+            ("e6m9 of e5m2, exact FMA,", "e6m9", "e5m2"),  # as FP8 training has it: arXiv 1812.08011
+            ("fp16, exact FMA,", "fp16", "fp16"),
+        )
+    ),
     STOCHASTIC,
     _case("V100 unit", 0.03, "v100"),
     _case("A100 unit", 0.03, "a100"),
