@@ -209,7 +209,10 @@ struct BlockQuantizer {
     if constexpr (fused) {
       const auto all = [&](const auto& put) {
         for (std::size_t i = 0, block = 0; i < n; ++block)
-          for (const std::size_t end = i + size; i < end; i += width) put(out + i, vector(i, block));
+          for (const std::size_t end = i + size; i < end; i += width) {
+            __builtin_prefetch(x + i + block_piece);
+            put(out + i, vector(i, block));
+          }
       };
       if (stream && reinterpret_cast<std::uintptr_t>(out) % (4 * width) == 0)
         all(L::stream);
