@@ -90,10 +90,13 @@ CASES = (
     ANY_FORMAT,
     _case("bf16, exact FMA", 0.22, "bf16"),
     *(
-        _case(f"{name} in chunks of 64, fp32 between", 0.30, f"{sums}/chunk64/between-fp32", operands)
+        _case(
+            f"{name} in chunks of 64, fp32 between", 0.30, f"{sums}/chunk64/between-fp32", operands
+        )
         for name, sums, operands in (
             ("fp16, product and sum rounded,", "fp16/products-rounded", "fp16"),
-            ("e6m9 of e5m2, exact FMA,", "e6m9", "e5m2"),  # as FP8 training has it: arXiv 1812.08011
+            # as Wang et al. (2018) train in FP8: arXiv 1812.08011
+            ("e6m9 of e5m2, exact FMA,", "e6m9", "e5m2"),
             ("fp16, exact FMA,", "fp16", "fp16"),
         )
     ),
