@@ -35,6 +35,18 @@ def test_a_recipe_carries_it(text: str):
     assert Recipe.parse("bf16").replace(policy=OpPolicy.parse(text)) == recipe
 
 
+def test_a_name_without_overload_is_all_of_its_overloads():
+    edited = OpPolicy.parse("amp/softmax-own/mul-fp32")
+    assert str(edited) == "amp/mul-fp32/softmax.int-own"
+    assert edited.class_of("softmax") is edited.class_of("softmax.int") is OpClass.OWN
+    assert edited.class_of("mul.Tensor") is OpClass.WIDE
+    assert AMP.class_of("pow") is OpClass.WIDE
+    one = OpPolicy.parse("amp/sum.dim_IntList-own")
+    assert one.class_of("sum.dim_IntList") is OpClass.OWN
+    assert one.class_of("sum") is OpClass.WIDE
+    assert OpPolicy.parse("amp/relu-own") == AMP
+
+
 def test_an_edit_and_its_undoing():
     edited = AMP.with_class("exp", OpClass.OWN)
     assert edited != AMP
@@ -70,6 +82,11 @@ def test_every_class_says_why(kind: OpClass):
             "amp/exp-dot",
             RecipeError,
             "policy amp: exp cannot be of class 'dot'; allowed: fp32, own, widest",
+        ),
+        (
+            "amp/softpluss-own",
+            RecipeError,
+            "policy 'amp/softpluss-own': no operation 'softpluss'; did you mean softplus?",
         ),
     ],
 )

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+import halfstep
+from halfstep.errors import RecipeError, SwitchError
 from halfstep.recipe import OpClass, policies
 from halfstep.recipe.policies import LOSSES
-from halfstep.switching.overrides import overload
+from halfstep.switching.edits import overload
 from halfstep.switching.region import current
 from twins import on
 
@@ -220,6 +222,33 @@ def test_an_edited_policy_is_what_runs():
         for function, dtype in zip(functions.values(), wanted, strict=True):
             assert in_region(recipe, lambda f=function: f(x)).dtype == dtype
     assert torch.equal(in_region(edited, lambda: torch.mm(x, x)), x.float() @ x.float())
+
+
+def test_a_name_without_overload_is_all_of_its_overloads():
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(3)).half()
+    assert in_region("fp16", lambda: x.softmax(-1)).dtype == torch.float32
+    assert in_region("fp16:policy=amp/softmax-own", lambda: x.softmax(-1)).dtype == torch.float16
+    for function in (lambda: x * x, lambda: x * 3):
+        assert in_region("fp16", function).dtype == torch.float16
+        assert in_region("fp16:policy=amp/mul-fp32", function).dtype == torch.float32
+    assert in_region("fp16:policy=amp/mul-fp32", lambda: x + x).dtype == torch.float16
+
+
+@pytest.mark.parametrize("start", [halfstep.emulate, lambda recipe: on(InRegion(), recipe)])
+def test_an_edit_of_what_is_no_operation_is_an_error(start):
+    with pytest.raises(RecipeError, match="no operation 'softpluss'; did you mean softplus"):
+        start("fp16:policy=amp/softpluss-fp32")
+
+
+def test_emulation_refuses_edits_of_what_it_sees_in_parts():
+    with pytest.raises(SwitchError, match="emulate sees what linear is made of"):
+        halfstep.emulate("fp16:policy=amp/linear-fp32")
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
+    with halfstep.emulate("fp16:policy=amp/addmm-fp32/softmax-own") as _:
+        y = torch.nn.functional.linear(x, x, x[0])
+        z = torch.relu(x @ x).softmax(-1)
+    assert not torch.equal(y, y.half().float())
+    assert torch.equal(z, z.half().float())
 
 
 def test_two_policies_side_by_side():

@@ -1,6 +1,6 @@
 """Where which number is used: recipes as frozen data, op policies, their catalogues and text forms."""
 
-from halfstep.recipe.below_autograd import WIDE_OUTPUTS, Traits, Treatment, treatment
+from halfstep.recipe.below_autograd import SEEN_BY_PARTS, WIDE_OUTPUTS, Traits, Treatment, treatment
 from halfstep.recipe.catalogue import recipes
 from halfstep.recipe.exceptions import Keep
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
@@ -9,6 +9,7 @@ from halfstep.recipe.policies import policies
 from halfstep.recipe.recipe import Recipe, Update
 
 __all__ = [
+    "SEEN_BY_PARTS",
     "WIDE_OUTPUTS",
     "Keep",
     "LossScaling",

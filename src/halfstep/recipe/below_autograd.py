@@ -14,7 +14,7 @@ from functools import cache
 
 from halfstep.recipe.op_policy import OpClass, OpPolicy
 
-__all__ = ["WIDE_OUTPUTS", "Traits", "Treatment", "treatment"]
+__all__ = ["SEEN_BY_PARTS", "WIDE_OUTPUTS", "Traits", "Treatment", "treatment"]
 
 
 class Treatment(Enum):
@@ -175,6 +175,9 @@ _PART_OF = {
     "log_sigmoid_forward": "",
     "log_sigmoid_backward": "",
 }
+
+# Operations of a policy that are known below autograd by their parts.
+SEEN_BY_PARTS = frozenset(_PART_OF.values())
 
 # Computed in the format of their operands, as point-wise operations are.
 _OWN = """

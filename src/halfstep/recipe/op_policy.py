@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from dataclasses import dataclass, field
 from enum import Enum
@@ -73,32 +74,35 @@ class OpPolicy:
     source: str = field(default="", compare=False)
 
     def class_of(self, op: str) -> OpClass:
-        """The class of an aten overload such as ``"softmax.int"``."""
-        return _table(self.classes).get(op, OpClass.OWN)
+        """The class of an aten overload such as ``"softmax.int"``, or of all overloads of ``"softmax"``."""
+        table = _table(self.classes)
+        if op in table or op in _known():
+            return table.get(op, OpClass.OWN)
+        found = {table.get(known, OpClass.OWN) for known in _overloads(op)}
+        return found.pop() if len(found) == 1 else table.get(op.partition(".")[0], OpClass.OWN)
 
     def names(self, kind: OpClass) -> tuple[str, ...]:
         """The operations of a class, sorted."""
         return tuple(op for op, other in self.classes if other is kind)
 
     def with_class(self, op: str, kind: OpClass | str) -> OpPolicy:
-        """A copy in which ``op`` is of that class.
+        """A copy in which ``op`` is of that class; a name without overload stands for those in the table.
 
         Raises `UnknownNameError` for a class that is not known, `RecipeError` for a class that the
         operation cannot be of: only a dot product can be a dot product.
         """
         kind = _class(kind)
-        from halfstep.recipe.policies import AMP
-
-        natural = AMP.class_of(op)
-        if kind in _BY_NATURE and kind is not natural:
-            raise RecipeError(
-                f"policy {self}: {op} cannot be of class {kind.value!r}; allowed: "
-                f"{', '.join(sorted({natural.value, 'fp32', 'widest', 'own'}))}"
-            )
         table = dict(self.classes)
-        table.pop(op, None)
-        if kind is not OpClass.OWN:
-            table[op] = kind
+        for each in [op] if op in _known() else _overloads(op) or [op]:
+            natural = _known().get(each, OpClass.OWN)
+            if kind in _BY_NATURE and kind is not natural:
+                raise RecipeError(
+                    f"policy {self}: {each} cannot be of class {kind.value!r}; allowed: "
+                    f"{', '.join(sorted({natural.value, 'fp32', 'widest', 'own'}))}"
+                )
+            table.pop(each, None)
+            if kind is not OpClass.OWN:
+                table[each] = kind
         return self.replace(classes=tuple(sorted(table.items())))
 
     def replace(self, **changes: Any) -> OpPolicy:
@@ -128,7 +132,11 @@ class OpPolicy:
                 raise RecipeError(
                     f"policy {given!r}: {word!r} should be operation-class, as in amp/softplus-own"
                 )
-            policy = policy.with_class(_spelled(policy, op), kind)
+            op, before = _spelled(policy, op), policy
+            policy = policy.with_class(op, kind)
+            near = difflib.get_close_matches(op, _known(), n=1, cutoff=0.85)
+            if policy == before and op not in _known() and not _overloads(op) and near:
+                raise RecipeError(f"policy {given!r}: no operation {op!r}; did you mean {near[0]}?")
         return policy
 
     def __str__(self) -> str:
@@ -172,7 +180,23 @@ class OpPolicy:
 
 def _spelled(policy: OpPolicy, op: str) -> str:
     """The name as the table spells it: the text of a recipe is in small letters."""
-    return next((known for known, _ in policy.classes if known.lower() == op.lower()), op)
+    known = (*_known(), *(name for name, _ in policy.classes))
+    return next((name for name in known if name.lower() == op.lower()), op)
+
+
+@cache
+def _known() -> dict[str, OpClass]:
+    """The classes by nature."""
+    # The built-in policies are made of the class above: import at the call.
+    from halfstep.recipe.policies import AMP
+
+    return dict(AMP.classes)
+
+
+@cache
+def _overloads(op: str) -> list[str]:
+    """The known operations of which ``op`` is the name without overload."""
+    return [known for known in _known() if known.partition(".")[0] == op]
 
 
 @cache

@@ -21,6 +21,7 @@ from torch.library import Library
 from halfstep.recipe import OpClass, OpPolicy, policies
 from halfstep.recipe.policies import LOSSES
 from halfstep.switching.by_role import dot_by_role
+from halfstep.switching.edits import overload, overloads
 from halfstep.switching.emulated import Carriers, attention, dot
 from halfstep.switching.plan import Plan
 from halfstep.switching.recurrent import recurrent_layers
@@ -106,13 +107,6 @@ def _register(device: str, layer: str) -> Library:
     return library
 
 
-def overload(name: str) -> torch._ops.OpOverload | None:
-    """The aten overload called ``name`` (``"softmax.int"``), or None where this torch has not got it."""
-    packet, _, over = name.partition(".")
-    found = getattr(torch.ops.aten, packet, None)
-    return None if found is None else getattr(found, over or "default", None)
-
-
 def _schema_name(op: torch._ops.OpOverload) -> str:
     name = op._schema.name.removeprefix("aten::")
     return f"{name}.{op._overloadname}" if op._overloadname != "default" else name
@@ -124,7 +118,7 @@ def _names_of(layer: str, theirs: frozenset[str]) -> list[str]:
     if layer == "emulated":  # torch lowers these itself; only an emulating plan needs them back
         return [*[name for name in dots if f"aten::{name}" in theirs], _ATTENTION]
     if layer != "base":
-        return [layer]
+        return overloads(layer)
 
     def missing(names: Iterable[str]) -> list[str]:
         return [name for name in names if f"aten::{name}" not in theirs]

@@ -10,6 +10,7 @@ import torch
 from halfstep.errors import SwitchError
 from halfstep.format import Accumulator
 from halfstep.recipe import Recipe, Update
+from halfstep.switching.edits import check_edits
 
 __all__ = ["Executor", "Kind", "Plan", "PlanRow", "make_plan"]
 
@@ -90,6 +91,7 @@ def make_plan(recipe: Recipe, device: str) -> Plan:
 
     Raises:
         SwitchError: the device or one of the recipe's formats has no executor.
+        RecipeError: its op policy names what is no operation of this torch.
     """
     if device not in _DEVICES:
         raise SwitchError(
@@ -97,6 +99,7 @@ def make_plan(recipe: Recipe, device: str) -> Plan:
             f"halfstep switches models on {', '.join(_DEVICES)}"
         )
     low = _dtype(recipe, "store")
+    check_edits(recipe.policy)
     if not recipe.adds_in_fp32:
         if low == torch.float32 and not recipe.reads_by_role:
             raise SwitchError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from halfstep.errors import SwitchError
-from halfstep.recipe import Recipe, Treatment, Update
+from halfstep.recipe import SEEN_BY_PARTS, Recipe, Treatment, Update
 from halfstep.recipe.exceptions import NOTHING_KEPT
+from halfstep.switching.edits import check_edits, edited, is_composite
 from halfstep.switching.explanation import Explanation
 from halfstep.switching.plan import Executor, PlanRow
 
@@ -12,7 +13,17 @@ __all__ = ["check", "explain"]
 
 
 def check(recipe: Recipe) -> None:
-    """Raise `SwitchError` for what a recipe says about modules and products that have names."""
+    """Raise `SwitchError` for what a recipe says about modules and products that have names.
+
+    So for a policy's edit of an operation that is seen by its parts only; `RecipeError` for one of none.
+    """
+    check_edits(recipe.policy)
+    for name in edited(recipe.policy):
+        if name not in SEEN_BY_PARTS and is_composite(name):
+            raise SwitchError(
+                f"recipe {recipe}: emulate sees what {name} is made of, not {name} itself: edit the "
+                "classes of its parts (of linear: addmm and mm; of conv2d: convolution), or use the switch"
+            )
     if recipe.update is not Update.NEAREST or str(recipe.moments) != "fp32":
         raise SwitchError(
             f"recipe {recipe}: update={recipe.update.value}, moments={recipe.moments} need state between "
