@@ -157,3 +157,23 @@ def test_all_pointwise_operations_are_torchs_own(name, recipe):
 
 def test_the_table_is_there():
     assert len(POINTWISE) > 120 and POINTWISE.keys() >= EXCEPTIONS.keys() | NOT_COMPARED
+
+
+@pytest.mark.parametrize("recipe", ["fp16-naive", "bf16-pure"])
+def test_results_written_into_a_given_tensor_are_the_same(recipe):
+    low = LOW[recipe.partition("-")[0]]
+    a, b = edges((64,), low, 1), edges((64,), low, 2)
+    with halfstep.emulate(recipe):
+        x, y = a.float(), b.float()
+        found = torch.add(x, y, alpha=0.3, out=torch.empty_like(x))
+        grown = torch.sub(x, y, alpha=0.3, out=torch.empty_like(x[:0]))
+    for out, wanted in ((found, torch.add(a, b, alpha=0.3)), (grown, torch.sub(a, b, alpha=0.3))):
+        assert torch.equal(out.nan_to_num(7.0), wanted.float().nan_to_num(7.0))
+
+
+def test_what_writes_noise_beside_its_result_is_rounded():
+    with halfstep.emulate("fp16-naive"):
+        x = -torch.linspace(1.0, 999.0, 31).mul(1.0)
+        found = [torch.nn.functional.rrelu(x, 0.1, 0.3, training) for training in (False, True)]
+    for y in found:
+        assert torch.equal(y, y.half().float())

@@ -246,12 +246,19 @@ class Call:
                     changed[k] = cast(args[k])
                     copies.append((args[k], changed[k]))
             args = tuple(changed)
+        for name in it.outs:
+            carrier = kwargs.get(name)
+            if isinstance(carrier, Tensor) and carrier.dtype in CARRIERS:
+                kwargs[name] = torch.empty_like(carrier, dtype=low)
+                copies.append((carrier, kwargs[name]))
         try:
             out = it.run(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
             it.no_kernel = "not implemented for" in str(error)
             return NO_KERNEL
         for carrier, copy in copies:
+            if carrier.shape != copy.shape:
+                carrier.resize_(copy.shape)
             carrier.copy_(copy)
             mode.set_marks(carrier, (mode.marks.of(carrier) & ROLES) | LOW)
         wide = torch.float64 if double else torch.float32
@@ -292,11 +299,7 @@ class Call:
         it = self.it
         if it.writes or it.outs:
             self._write_back(low, rounds)
-            if not it.writes and not it.outs:
-                return out
-            if out is None or not isinstance(out, (tuple, list)):
-                return out
-            if not it.hidden_writes:
+            if not it.writes_beside:
                 return out
         if isinstance(out, Tensor):
             return self._result(out, low, rounds, False, wanted)

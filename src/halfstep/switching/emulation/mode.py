@@ -441,7 +441,7 @@ class EmulationMode(TorchDispatchMode):
         if (
             call.all_low
             and self.numbers.dtype is not torch.float32
-            and not (it.no_kernel or it.lists or it.outs)
+            and not (it.no_kernel or it.lists)
             and (call.scale == 1.0 or call.is_linear)
         ):
             out = call.native()

@@ -38,7 +38,6 @@ class Operation:
 
     __slots__ = (
         "count",
-        "hidden_writes",
         "is_dot",
         "is_wide",
         "kind",
@@ -54,6 +53,7 @@ class Operation:
         "text",
         "wide",
         "writes",
+        "writes_beside",
     )
 
     def __init__(self, op: torch._ops.OpOverload, policy: OpPolicy) -> None:
@@ -74,7 +74,9 @@ class Operation:
         """Positions of the arguments that are written to."""
         self.summed = _SUMMED.get(self.name.removesuffix("_"), ())
         """For each operand of a dot product, the axis that it sums over."""
-        self.hidden_writes = self.name in _HIDDEN_WRITES
+        owned = any(r.alias_info is not None for r in schema.returns)
+        self.writes_beside = self.name in _HIDDEN_WRITES or (bool(written) and not owned)
+        """Results are new tensors, though an argument is written to, too (noise, statistics)."""
         self.outs = tuple(
             schema.arguments[k].name for k in written if schema.arguments[k].kwarg_only
         )
