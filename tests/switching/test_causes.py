@@ -306,3 +306,48 @@ def test_a_loss_made_of_gradients_is_an_error_at_once_where_the_data_is_to_blame
     penalised(model, x).backward()
     with pytest.raises(NonFiniteError, match="what forward was given is not finite"):
         optimizer.step()
+
+
+def test_a_row_that_is_masked_as_a_whole_is_named():
+    mask = torch.zeros(6, 8, dtype=torch.bool)
+    mask[4] = True
+    error, _ = fail(Net(lambda h: h.masked_fill(mask, float("-inf")).softmax(-1)), "fp16")
+    found = error.finding
+    assert (found.phase, found.operation, found.index) == ("forward", "_softmax", 4)
+    assert found.operand == "input"
+    assert "NaN in float32 of infinities" in found.detail
+
+
+def test_a_masked_row_that_is_mended_is_no_culprit():
+    def middle(h):
+        p = h.masked_fill(torch.ones_like(h, dtype=torch.bool), float("-inf")).softmax(-1)
+        return torch.log(p.nan_to_num(0.0)).nan_to_num(0.0, neginf=-1.0)
+
+    error, _ = fail(Net(middle), "bf16", loss=lambda out: torch.log(out - out.max()).mean())
+    assert "softmax" not in str(error)
+
+
+class WritesNaN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[2] = float("nan")
+        return grad
+
+
+def test_a_backward_that_writes_nan_is_named():
+    error, _ = fail(Net(WritesNaN.apply), "bf16")
+    found = error.finding
+    assert (found.phase, found.operation, found.index) == ("backward", "writesnan", 2)
+    assert "of what it was told to write" in found.detail
+    assert "changed after the backward" not in str(error)
+
+
+def test_a_loss_function_whose_gradient_is_finite_is_named():
+    error, _ = fail(Net(), "fp16", loss=lambda out: torch.log(out - out.max() - 1.0).mean())
+    assert error.finding.phase == "loss"
+    assert "the loss function made what is not of them" in str(error)

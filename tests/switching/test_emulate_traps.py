@@ -383,3 +383,11 @@ def test_attention_is_emulated_whatever_kernel_the_program_asks_for(backends):
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),
     )
+
+
+def test_a_model_can_be_copied_where_weights_are_in_16_bits():
+    model = nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    with halfstep.emulate("fp16-naive"):
+        copied = copy.deepcopy(model)
+    assert torch.equal(copied.weight, before.half().float())

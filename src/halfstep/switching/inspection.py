@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -47,6 +47,25 @@ class Finding:
     def nothing(cls, why: str) -> Finding:
         """Nothing was found, for a reason."""
         return cls(phase="unknown", module="", operation="", operand="", detail=why)
+
+    @classmethod
+    def all_finite(cls) -> Finding:
+        """Run again, everything is finite."""
+        return cls.nothing(
+            "run again, forward and backward are finite: the gradient was changed after the backward "
+            "(a hook, a clipping, a write to p.grad)"
+        )
+
+    @classmethod
+    def of_loss(cls) -> Finding:
+        """Run again, everything is finite, and the loss is not."""
+        return cls(
+            phase="loss",
+            module="",
+            operation="",
+            operand="",
+            detail="the model's outputs are finite, and the loss function made what is not of them",
+        )
 
     def of_batch(self, k: int, count: int) -> Finding:
         """In the forward number ``k`` of ``count``."""
@@ -116,6 +135,9 @@ _MEANT = frozenset(
 )
 # What hands back logarithms of probabilities behind its result, -inf where there is no path.
 _LOGARITHMS = frozenset(("_ctc_loss", "_cudnn_ctc_loss"))
+_WRITES = frozenset(("copy", "index_put", "_index_put_impl", "index_fill", "scatter"))
+# Where a tensor of one number is from that the program wrote down.
+_CONSTANT = ((), ("lift_fresh",))
 _EMPTY = frozenset(("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"))
 _DOTS = frozenset(("linear", "mm", "bmm", "addmm", "baddbmm", "convolution", "matmul"))
 _ALIASES = {"_linear_pointwise": "linear"}
@@ -125,12 +147,15 @@ _NAMES = {"_RowsBackward": "linear", "_LeaveBackward": "entering", "_EnterBackwa
 class Inspection(TorchDispatchMode):
     """Looks at each operation while on; ``finding`` is the first that made inf or NaN of finite numbers.
 
-    Operations whose input was not finite already pass it on: they are not the producers.
+    Operations whose input was not finite already pass it on: they are not the producers. ``suspect`` is the
+    first that made NaN of infinities that were meant (a softmax of a row that is all masked) or was told to
+    (a fill with NaN): what it makes may be thrown away, so it counts where nothing else is found.
     """
 
     def __init__(self, model: nn.Module, batch: int) -> None:
         super().__init__()
         self.finding: Finding | None = None
+        self.suspect: Finding | None = None
         self._batch = batch
         self._names = {m: name for name, m in model.named_modules()}
         self._stack: list[str] = []
@@ -181,6 +206,9 @@ class Inspection(TorchDispatchMode):
         # An operation in place overwrites what it was given: look before.
         given = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
         finite = self.finding is None and name not in _MEANT and all(is_finite(t) for t in given)
+        numbers = self.finding is None and not any(
+            bool(t.isnan().any()) for t in given if t.dim() or self._origin(t)[:1] not in _CONSTANT
+        )
         largest = self._largest(given) if finite and given else ""
         out = func(*args, **kwargs)
         made = [t for t in tensors_in(out) if t.is_floating_point()]
@@ -198,8 +226,37 @@ class Inspection(TorchDispatchMode):
             looked_at = made[:1] if name in _LOGARITHMS else made
             bad = next((t for t in looked_at if not is_finite(t)), None)
             if bad is not None:
-                self._found(name, bad, largest)
+                self.finding = self._found(name, bad, largest, "finite numbers")
+        elif numbers and name not in _EMPTY and name != "lift_fresh":
+            self._suspect(name, made)
+        elif self.suspect is not None and self.suspect.index < 0:
+            self._place(made)
         return out
+
+    def _suspect(self, name: str, made: list[Tensor]) -> None:
+        """Note the first NaN that was made of infinities, or because the program said so."""
+        bad = next((t for t in made if bool(t.isnan().any())), None)
+        if bad is None or self.suspect is not None or name in _LOGARITHMS:
+            return
+        of = "what it was told to write" if name in _MEANT or name in _WRITES else "infinities"
+        found = self._found(name, bad, "", of)
+        whole = bad.dim() > 1  # else it may be a part that was written to
+        self.suspect = replace(
+            found, operand=found.operand or "input", index=found.index if whole else -1
+        )
+
+    def _place(self, made: list[Tensor]) -> None:
+        """The place in the batch of a suspect that did not show it: a part of a tensor was written to."""
+        rows = [first_bad_row(t, self._batch) for t in made if t.dim() > 1]
+        if self.suspect is not None and rows:
+            self.suspect = replace(self.suspect, index=max(rows))
+
+    def counts(self, outcome: Iterable[Tensor]) -> Finding | None:
+        """What was found, the suspect where ``outcome`` has NaN; it is forgotten where that is finite."""
+        if self.finding is None and any(bool(t.isnan().any()) for t in outcome):
+            self.finding = self.suspect
+        self.suspect = None
+        return self.finding
 
     def _largest(self, given: list[Tensor]) -> str:
         """The role of the operand with the largest magnitude."""
@@ -211,7 +268,7 @@ class Inspection(TorchDispatchMode):
         """The operation that made ``t``'s numbers and its largest operand; nothing for what came in."""
         return self._made.get(t) or ()
 
-    def _found(self, name: str, bad: Tensor, largest: str) -> None:
+    def _found(self, name: str, bad: Tensor, largest: str, of: str) -> Finding:
         # A rounding to 16 bits that overflows is of the operation that made the number.
         operation, operand = self._origin(bad) or (name, largest)
         module = self._stack[-1] if self._stack else ""
@@ -227,11 +284,11 @@ class Inspection(TorchDispatchMode):
                 module = self._marks[k][1] if k >= 0 else ""
         kind = "NaN" if bool(bad.isnan().any()) else "inf"
         dtype = str(bad.dtype).removeprefix("torch.")
-        self.finding = Finding(
+        return Finding(
             phase="backward" if self._backward else "forward",
             module=module,
             operation=operation,
             operand=operand,
             index=first_bad_row(bad, self._batch),
-            detail=f"It made {kind} in {dtype} of finite numbers",
+            detail=f"It made {kind} in {dtype} of {of}",
         )

@@ -168,6 +168,8 @@ class Ledger:
         if error.finding:
             return error
         finding = self.locate()
+        if isinstance(error, _LossError) and finding == Finding.all_finite():
+            finding = Finding.of_loss()
         return NonFiniteError(f"{error}. {finding}" if str(finding) else str(error), finding)
 
     def abandon(self) -> None:
@@ -240,12 +242,16 @@ class Ledger:
 _live: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
 
+class _LossError(NonFiniteError):
+    """The loss is not finite, whatever the gradients are."""
+
+
 def _loss_error(losses: Iterable[Tensor]) -> NonFiniteError | None:
     """The error for a loss that is inf or NaN."""
     for loss in losses:
         value = loss.item()
         if not math.isfinite(abs(value)):
-            return NonFiniteError(
+            return _LossError(
                 f"the loss itself is not finite ({value}): no loss scale mends that. The step "
                 "was not applied. Look at the batch, the learning rate, or the model's output"
             )

@@ -187,10 +187,7 @@ def locate(run: Run) -> Finding:
             "run again, the forward is finite; gradients of the outputs were too large to be kept, so the "
             "backward was not run again"
         )
-    return Finding.nothing(
-        "run again, forward and backward are finite: the gradient was changed after the backward "
-        "(a hook, a clipping, a write to p.grad)"
-    )
+    return Finding.all_finite()
 
 
 def _examine(call: _Call, run: Run, scale: float) -> Finding | None:
@@ -263,7 +260,7 @@ def _run(
             opened.enter_context(region.opened())
             opened.enter_context(overrides.autocast(plan))
             outputs = tensors_in(call.call(*args, **kwargs))
-        if seen is not None and seen.finding is not None:
+        if seen is not None and seen.counts(outputs) is not None:
             return seen.finding, False
         left = [_outside(t, region) for t in outputs]
         finite = all(is_finite(t) for t in left)
@@ -276,8 +273,9 @@ def _run(
         grads = torch.autograd.grad(
             [t for t, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
         )
-    finite = finite and all(is_finite(g) for g in grads if g is not None)
-    return (seen.finding if seen is not None else None), finite
+    made = [g for g in grads if g is not None]
+    finite = finite and all(is_finite(g) for g in made)
+    return (seen.counts(made) if seen is not None else None), finite
 
 
 def _outside(t: Tensor, region: Region) -> Tensor:

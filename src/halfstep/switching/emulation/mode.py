@@ -195,7 +195,10 @@ class EmulationMode(TorchDispatchMode):
             return marks
         marks = WEIGHT
         if not self.masters_wide:
-            weight.copy_(self.numbers.master(weight))
+            with (
+                torch._C._AutoDispatchBelowAutograd()
+            ):  # ``.data`` and ``detach()`` come here above autograd
+                weight.copy_(self.numbers.master(weight))
             marks |= LOW if self.recipe.master == self.recipe.store else 0
         self.marks.set(weight, marks)
         return marks
