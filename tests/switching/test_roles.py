@@ -311,8 +311,9 @@ def test_every_recipe_learns_handwritten_digits(recipe: str):
     assert losses[-1] < 0.6 * losses[0]
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "mxfp8", "int8"])
-def test_checkpointing_changes_no_gradient(recipe: str, seeded: torch.Generator):
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("recipe", ["fp8", "mxfp8", "int8", "tf32", "binary:keep=none"])
+def test_checkpointing_changes_no_gradient(recipe: str, reentrant: bool, seeded: torch.Generator):
     class Half(nn.Module):
         def __init__(self, save: bool) -> None:
             super().__init__()
@@ -320,9 +321,9 @@ def test_checkpointing_changes_no_gradient(recipe: str, seeded: torch.Generator)
             self.save = save
 
         def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.body, x, use_reentrant=False) if self.save else self.body(x)
+            return checkpoint(self.body, x, use_reentrant=reentrant) if self.save else self.body(x)
 
-    x = torch.randn(8, 16, generator=seeded)
+    x = torch.randn(8, 16, generator=seeded, requires_grad=True)
     first, second = Half(False), Half(True)
     second.load_state_dict(first.state_dict())
     for model in (first, second):

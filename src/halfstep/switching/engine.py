@@ -101,6 +101,7 @@ def _patch_checkpoint() -> Callable[[], None]:
     function = checkpointing.CheckpointFunction
     forward = function.forward
     without_reentrant = checkpointing._checkpoint_without_reentrant_generator
+    of_autocast = checkpointing._get_autocast_kwargs
 
     def forward_reopening(ctx: Any, run_function: Any, preserve: bool, *args: Any) -> Any:
         return forward(ctx, reopening(run_function), preserve, *args)
@@ -108,12 +109,21 @@ def _patch_checkpoint() -> Callable[[], None]:
     def generator_reopening(fn: Any, *args: Any, **kwargs: Any) -> Any:
         return without_reentrant(reopening(fn), *args, **kwargs)
 
+    def autocast_to_restore(*args: Any, **given: Any) -> Any:
+        """Without a region's FP32, at which torch's own warns and turns itself off: `reopening` sets it."""
+        found = of_autocast(*args, **given)
+        for kwargs in filter(None, found):
+            kwargs["enabled"] = kwargs["enabled"] and kwargs["dtype"] is not torch.float32
+        return found
+
     function.forward = staticmethod(forward_reopening)  # pyright: ignore[reportAttributeAccessIssue]
     checkpointing._checkpoint_without_reentrant_generator = generator_reopening
+    checkpointing._get_autocast_kwargs = autocast_to_restore
 
     def undo() -> None:
         function.forward = staticmethod(forward)
         checkpointing._checkpoint_without_reentrant_generator = without_reentrant
+        checkpointing._get_autocast_kwargs = of_autocast
 
     return undo
 

@@ -16,20 +16,21 @@ in one switch: torch compares it before it takes a graph.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfstep.errors import SwitchError
 from halfstep.switching.ranks import is_sharded
-from halfstep.switching.region import LazyParameters, Region
+from halfstep.switching.region import LazyParameters, Region, current
 from halfstep.switching.tracing import set_compiler, tracing
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ _eval_frame: Any = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttribut
 class _Local(threading.local):
     pending: Compiler | None = None
     bare: _Bare | None = None
+    traced: _Traced | None = None
 
 
 _local = _Local()
@@ -110,11 +112,8 @@ class Inside:
         self._run = types.FunctionType(_run.__code__.replace(co_name="inside"), globals())
         if any(is_sharded(p) for p in module.parameters()):
             self.fall_back("its parameters are sharded over processes (DTensor)")
-        elif region.roled is not None:
-            self.fall_back(
-                f"recipe {region.plan.recipe} rounds operands by their role, and while a graph is made a "
-                "weight is not told from an activation"
-            )
+        elif region.roled is not None and region.roled.operands.histories.window:
+            self.fall_back(f"recipe {region.plan.recipe} keeps a history of its scales")
 
     def call(
         self,
@@ -262,7 +261,8 @@ class _Backend:
         _check_islands(graph)
         # The backward is outside of autocast. torch's cache on disk knows a graph by what it calls, before
         # the policy is in it.
-        with config.patch(backward_pass_autocast="off", enable_autograd_cache=False):
+        off = config.patch(backward_pass_autocast="off", enable_autograd_cache=False)
+        with off, _weights_known(graph, inputs):
             return self._theirs(graph, inputs, **options, **_inductors_options(self._theirs))
 
 
@@ -276,6 +276,72 @@ def _inductors_options(backend: Any) -> dict[str, Any]:
     if not is_inductor or "emulate_precision_casts" in getattr(backend, "config", {}):
         return {}
     return {"config_patches": {"emulate_precision_casts": True}}
+
+
+# -- roles in a graph ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _weights_known(graph: GraphModule, inputs: list[Any]) -> Iterator[None]:
+    """Have ``graph`` tell its region which of its inputs are weights, while it is traced.
+
+    A tensor's role is known by its storage, and a traced tensor has another than the working copy that it
+    stands for. A node at the graph's start hands each on, and has the region note what it sees.
+    """
+    region = current()
+    if region is None or region.roled is None:
+        yield
+        return
+    nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    masters: list[Tensor] = []
+    for node, given in zip(nodes, inputs, strict=True):
+        master = region.master_under(given) if isinstance(given, Tensor) else None
+        if master is None:
+            continue
+        if not _parameter_name(node):
+            raise _UntraceableError(
+                f"forward hands a weight, {node.name}, to a part that is compiled by itself, and recipe "
+                f"{region.plan.recipe} rounds operands by their role"
+            )
+        with graph.graph.inserting_after(nodes[-1]):
+            known = graph.graph.call_function(_known, (node, len(masters)))
+        node.replace_all_uses_with(
+            known, delete_user_cb=lambda user, known=known: user is not known
+        )
+        known.meta = {key: value for key, value in node.meta.items() if key != "grapharg"}
+        masters.append(master)
+    graph.recompile()
+    before, outer = dict(region.weights), _local.traced
+    _local.traced = _Traced(region, masters)
+    try:
+        yield
+    finally:
+        _local.traced = outer
+        region.weights.clear()
+        region.weights.update(before)
+
+
+class _Traced:
+    """The weights of a graph that is being traced."""
+
+    __slots__ = ("_kept", "_masters", "_region")
+
+    def __init__(self, region: Region, masters: list[Tensor]) -> None:
+        self._region = region
+        self._masters = masters
+        self._kept: list[Any] = []  # alive, so that no other tensor of this tracing has their place
+
+    def note(self, t: Tensor, number: int) -> None:
+        storage = t.untyped_storage()
+        self._kept.append(storage)
+        self._region.weights[storage._cdata] = self._masters[number]
+
+
+def _known(t: Tensor, number: int) -> Tensor:
+    """``t``, a weight; while a graph is traced, its region is told of which master."""
+    if _local.traced is not None:
+        _local.traced.note(t, number)
+    return t
 
 
 # -- what is in no graph -------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from halfstep import ops
 from halfstep.format import BlockFormat, Format, Kind, Rounding
+from halfstep.ops.custom import operator
 from halfstep.recipe import Recipe
 from halfstep.switching.amax_history import AmaxHistories
+from halfstep.switching.tracing import is_tracing
 
 __all__ = ["Operands", "Product", "Role", "Site"]
 
@@ -103,12 +105,16 @@ class Operands:
             swapped = {t.dim() - 1: -2, t.dim() - 2: -1}.get(dim % t.dim(), dim)
             return self.rounded(t.mT, role, swapped, site).mT
         wide = t.detach().to(torch.float32)
-        out = torch.empty_like(wide) if wide.data_ptr() == t.data_ptr() else wide
+        if is_tracing():
+            out = None  # the compiler sees to its memory
+        else:
+            out = torch.empty_like(wide) if wide.data_ptr() == t.data_ptr() else wide
         rounding = Rounding.STOCHASTIC if self.is_stochastic(role) else Rounding.NEAREST
         if isinstance(format, Format):
             return ops.round_to(wide, format, rounding, out)
         if self.histories.window:
-            return self._delayed(wide, out, format, rounding, f"{site.name}.{role.value}", site)
+            name = f"{site.name}.{role.value}"
+            return self._delayed(wide, torch.empty_like(wide), format, rounding, name, site)
         return ops.round_blocks(wide, format, dim, rounding, out)
 
     def _delayed(
@@ -147,7 +153,7 @@ class Operands:
         short = -t.size(-2) % size
         if short:
             t = torch.nn.functional.pad(t, (0, 0, 0, short))
-        h = _hadamard(size).to(t.device)
+        h = _hadamard_node(t, size) if is_tracing() else _hadamard(size).to(t.device)
         return (h @ t.unflatten(-2, (-1, size))).flatten(-3, -2)
 
 
@@ -163,3 +169,12 @@ def _hadamard(size: int) -> Tensor:
     generator = torch.Generator().manual_seed(_SIGN_SEED)
     signs = torch.randint(0, 2, (size,), generator=generator) * 2 - 1
     return h * signs / size**0.5
+
+
+_hadamard_node = operator(
+    "hadamard",
+    "(Tensor like, int size) -> Tensor",
+    lambda like, size: _hadamard(size).to(like.device, copy=True),
+    fake=lambda like, size: like.new_empty(size, size),
+)
+"""`_hadamard` on the device of ``like``, in a graph, where no tensor is known beforehand."""

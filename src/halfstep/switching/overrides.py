@@ -25,7 +25,7 @@ from halfstep.switching.edits import overload, overloads
 from halfstep.switching.emulated import Carriers, attention, dot
 from halfstep.switching.plan import Plan
 from halfstep.switching.recurrent import recurrent_layers
-from halfstep.switching.region import Region, current
+from halfstep.switching.region import Region, autocast_set, current
 from halfstep.switching.tracing import left_alone
 
 __all__ = ["KEYS", "NARROW", "Below", "autocast", "cast_all", "install", "widen"]
@@ -79,14 +79,8 @@ def autocast(plan: Plan) -> Iterator[None]:
         with torch.autocast(plan.device, dtype=plan.low, cache_enabled=False):
             yield
         return
-    before = torch.is_autocast_enabled(plan.device), torch.get_autocast_dtype(plan.device)
-    torch.set_autocast_enabled(plan.device, plan.active)
-    torch.set_autocast_dtype(plan.device, torch.float32)
-    try:
+    with autocast_set(plan.device, plan.active, torch.float32):
         yield
-    finally:
-        torch.set_autocast_enabled(plan.device, before[0])
-        torch.set_autocast_dtype(plan.device, before[1])
 
 
 def _register(device: str, layer: str) -> Library:

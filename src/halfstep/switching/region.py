@@ -31,6 +31,7 @@ from halfstep.switching.structure import tensors_in
 __all__ = [
     "LazyParameters",
     "Region",
+    "autocast_set",
     "current",
     "graph_shape",
     "keeps_fp32",
@@ -366,18 +367,33 @@ def _nothing_to_mend(out: Any, region: Region, given: Any) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def autocast_set(device: str, enabled: bool, dtype: torch.dtype) -> Iterator[None]:
+    """As ``torch.autocast``, with any dtype: torch's own turns itself off for FP32."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, enabled)
+    torch.set_autocast_dtype(device, dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+
+
 def reopening(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` for activation checkpointing: run again in a backward, it runs in its region again."""
     region = current()
     if region is None:
         return function
+    device = region.plan.device
+    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if current() is not None:
             return function(*args, **kwargs)
         again = region.again()
         try:
-            with again.opened():
+            with again.opened(), autocast_set(device, *autocast):
                 out = function(*args, **kwargs)
         finally:
             again.clear()

@@ -25,6 +25,7 @@ from halfstep.format import Accumulator
 from halfstep.switching.emulated import Emulator
 from halfstep.switching.operands import Operands, Product, Role, Site
 from halfstep.switching.products import matmul, repeated_rows, wide_rows
+from halfstep.switching.tracing import is_tracing
 
 __all__ = ["RoledEmulator", "Spec", "Weights", "clipped", "rounded"]
 
@@ -197,7 +198,7 @@ class RoledEmulator(Emulator):
 
     def rounded(self, t: Tensor, role: Role, dim: int, site: Site) -> Tensor:
         """``t`` on its role's grid, carried in FP32, blocks along ``dim``; without a graph."""
-        if role is Role.WEIGHT:
+        if role is Role.WEIGHT and not is_tracing():
             return self.weights.rounded(self.operands, t, dim, site)
         return self.operands.rounded(t, role, dim, site)
 
