@@ -146,6 +146,8 @@ def test_rounding_between_all_neighbours(name: str, rounding: Rounding):
         ("int8", -0.2, 0.0),
         ("ternary", -5.0, -1.0),
         ("e2m1", -0.2, -0.0),
+        ("e1m0:saturate", -9.0, -0.0),
+        ("e1m0:saturate", -math.inf, -0.0),
         ("e8m0", 0.0, 2.0**-127),
         ("e8m0", -0.0, 2.0**-127),
         ("e8m0", -1.0, math.nan),

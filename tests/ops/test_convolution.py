@@ -418,3 +418,12 @@ def test_errors_say_what_is_allowed(name: str, arguments: Any, options: Any, tex
     with pytest.raises(HalfstepError) as raised:
         getattr(ops, name)(*arguments, **options)
     assert str(raised.value).startswith(text)
+
+
+@pytest.mark.parametrize("name", ["conv1d", "conv3d", "conv_transpose2d"])
+@pytest.mark.parametrize("keyword", ["acumulate", "initial", "sparse"])
+def test_a_keyword_that_is_not_there_is_an_error(name: str, keyword: str):
+    with pytest.raises(
+        TypeError, match=rf"{name}\(\) got an unexpected keyword argument '{keyword}'"
+    ):
+        getattr(ops, name)(X, W, **{keyword: "fp16"})

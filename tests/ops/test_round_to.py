@@ -25,7 +25,7 @@ fp32 tf32 bf16 fp16 e5m2 e4m3fn e4m3 e3m2 e2m3 e2m1 e8m0 int8 int4 ternary binar
 e1m0 e1m5 e2m0 e3m0 e7m23 e8m1 e8m22 q3.5 q1.15 int24 e4m3fn:nan e5m2:nan fp16:saturate
 fp16:nan e4m3fnuz e5m2fnuz binary8p1se binary8p1sf binary8p3se binary8p4sf binary8p7se
 fp32:flush bf16:flush e8m0 e8m22:flush fp16:flush e4m3fn:nan:flush e3m0:flush e5m0 binary8p1se:flush
-e7m0:flush int8:wrap q3.5:wrap int24:wrap e8m23
+e7m0:flush int8:wrap q3.5:wrap int24:wrap e8m23 e1m0:saturate
 """
 EVERY = _EVERY.split()
 _FEW = "fp16 e4m3fn e2m1 bf16 int8 q3.5 binary fp16:flush bf16:flush binary8p1se int8:wrap e8m0"

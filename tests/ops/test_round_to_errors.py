@@ -128,6 +128,11 @@ from halfstep.ops import native
                 "use backend='auto'"
             ),
         ),
+        (
+            lambda: halfstep.round_to(torch.ones(2), "fp16", "stochastic", generator=0),  # type: ignore[arg-type]
+            OperandError,
+            "generator is a int; allowed: a torch.Generator (torch.Generator().manual_seed(0)), or None",
+        ),
         pytest.param(
             lambda: halfstep.round_to(torch.ones(2), "binary", backend="native"),
             OperandError,
@@ -140,3 +145,16 @@ def test_errors_say_what_is_allowed(call, error, text: str):  # type: ignore[no-
     with pytest.raises(error) as raised:
         call()
     assert str(raised.value).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [("nearest-even", "nearest"), ("nearest_away", "away"), ("toward-zero", "toward_zero")],
+)
+def test_roundings_have_synonyms(name: str, same: str):
+    x = torch.tensor([2.5, 3.5, -2.5, 2.7])
+    assert torch.equal(halfstep.round_to(x, "int8", name), halfstep.round_to(x, "int8", same))
+    assert torch.equal(
+        halfstep.matmul(x, x, "fp16", "e5m2", rounding=name),
+        halfstep.matmul(x, x, "fp16", "e5m2", rounding=same),
+    )

@@ -23,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIXTEEN = (torch.float16, torch.bfloat16)
 _FORMATS = """
 fp32 tf32 bf16 fp16 e5m2 e4m3fn e4m3 e3m2 e2m3 e2m1 int8 int4 ternary e6m9 e1m0 e1m5 e2m0 e3m0 e7m23
-e8m1 e8m22 q3.5 q1.15 int24 e4m3fn:nan e5m2:nan fp16:saturate fp16:nan
+e8m1 e8m22 q3.5 q1.15 int24 e4m3fn:nan e5m2:nan fp16:saturate e1m0:saturate fp16:nan
 """
 FORMATS = _FORMATS.split()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from types import MappingProxyType
 
 from halfstep.errors import UnknownNameError
 
@@ -97,15 +98,17 @@ class Rounding(Enum):
     def parse(cls, given: object) -> Rounding:
         """The rounding of that name; a `Rounding` is returned as it is.
 
-        Raises `UnknownNameError` for any other value.
+        Nearest is known by its ties, too: ``nearest_even`` and ``nearest_away``. Words may be joined by
+        ``-``. Raises `UnknownNameError` for any other value.
 
-        >>> Rounding.parse("toward_zero")
-        <Rounding.TOWARD_ZERO: 'toward_zero'>
+        >>> Rounding.parse("toward-zero"), Rounding.parse("nearest_away")
+        (<Rounding.TOWARD_ZERO: 'toward_zero'>, <Rounding.AWAY: 'away'>)
         """
         if isinstance(given, cls):
             return given
+        name = str(given).replace("-", "_")
         try:
-            return cls(given)
+            return cls(_ROUNDING_SYNONYMS.get(name, name))
         except ValueError:
             known = [member.value for member in cls]
             raise UnknownNameError("rounding", given, known) from None
@@ -119,3 +122,6 @@ class Rounding(Enum):
         if self is Rounding.DOWN:
             return negative
         return True
+
+
+_ROUNDING_SYNONYMS = MappingProxyType({"nearest_even": "nearest", "nearest_away": "away"})

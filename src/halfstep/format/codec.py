@@ -220,7 +220,8 @@ def overflow(format: Format, rounding: Rounding, *, negative: bool, finite: bool
         return math.nan
     stops = finite and not rounding.magnitude_grows(negative)
     if format.overflow is Overflow.SATURATE or stops:
-        return Fraction(format.lowest if negative else format.max)
+        last = format.lowest if negative else format.max
+        return Fraction(last) if last else last  # e1m0 has no number but zeros
     if format.has_inf and (format.overflow is Overflow.INF or not finite):
         return -math.inf if negative else math.inf
     return math.nan

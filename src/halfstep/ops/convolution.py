@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 Sizes = int | tuple[int, ...] | list[int]
+_KEYWORDS = Keywords.__optional_keys__
 
 
 def conv1d(
@@ -93,7 +94,8 @@ def conv2d(
     Beyond operands and result it takes 64 MB; for a gradient of the weight whose sum has to be made
     in one piece (pairwise, chunks, Kahan, split, stochastic) one channel of each, where that is more.
 
-    Raises `OperandError` for what cannot be convolved, and the errors of `halfstep.matmul`.
+    Raises `OperandError` for what cannot be convolved, `TypeError` for a keyword that is not there, and the
+    errors of `halfstep.matmul`.
 
     >>> x = torch.ones(1, 1, 3, 3)
     >>> conv2d(x, torch.ones(1, 1, 2, 2), torch.tensor([0.5]), operands="e4m3fn", accumulate="e5m2")
@@ -330,6 +332,12 @@ def _convolved(
 
 def _arithmetic(op: str, keywords: Keywords) -> Arithmetic | str:
     """What the keywords mean, as text in a graph; operands in the order of `Form.operands`: weight first."""
+    for name in keywords:
+        if name not in _KEYWORDS:
+            raise TypeError(
+                f"{op}() got an unexpected keyword argument {name!r}; beside torch's it has those of "
+                "halfstep.matmul but initial and sparse"
+            )
     operands: Any = keywords.get("operands", "fp16")
     if isinstance(operands, tuple | list) and len(operands) == 2:
         keywords = {**keywords, "operands": (operands[1], operands[0])}

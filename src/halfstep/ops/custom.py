@@ -51,6 +51,7 @@ from torch import Tensor
 
 from halfstep.errors import HalfstepError, OperandError
 from halfstep.format import BlockFormat, Format
+from halfstep.ops.random_bits import check_generator
 
 __all__ = [
     "block_format_text",
@@ -238,6 +239,7 @@ def seed_for(generator: torch.Generator | None) -> Tensor:
 
 
 def _draw_seed_of(generator: torch.Generator) -> Tensor:
+    check_generator(generator)
     return torch.randint(
         2**63 - 1, (), dtype=torch.int64, device=generator.device, generator=generator
     )

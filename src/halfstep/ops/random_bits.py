@@ -12,7 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["FIRST", "SECOND", "STRIDE", "Key", "bits_of", "draw_key", "random_bits"]
+from halfstep.errors import OperandError
+
+__all__ = [
+    "FIRST",
+    "SECOND",
+    "STRIDE",
+    "Key",
+    "bits_of",
+    "check_generator",
+    "draw_key",
+    "random_bits",
+]
 
 ALL_BITS = 32
 _MASK = 0xFFFFFFFF
@@ -51,10 +62,22 @@ def draw_key(generator: torch.Generator | None, bits: int = ALL_BITS) -> Key:
     """A key from one draw of the generator; of torch's default CPU generator where it is None.
 
     The same seed of the generator gives the same key, and each call moves the generator on.
+
+    Raises `OperandError` for what is no generator.
     """
+    check_generator(generator)
     device = generator.device if generator is not None else "cpu"
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
     return Key.from_seed(int(seed), bits)
+
+
+def check_generator(generator: object) -> None:
+    """Raises `OperandError` for what is neither a generator nor None."""
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise OperandError(
+            f"generator is a {type(generator).__name__}; allowed: a torch.Generator "
+            "(torch.Generator().manual_seed(0)), or None for torch's default one"
+        )
 
 
 def random_bits(key: Key, shape: torch.Size, device: torch.device) -> Tensor:
