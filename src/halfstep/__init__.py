@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares the two lists
     from halfstep.format import Format as Format
     from halfstep.format import formats as formats
+    from halfstep.ops import BlockTensor as BlockTensor
+    from halfstep.ops import conv1d as conv1d
+    from halfstep.ops import conv2d as conv2d
+    from halfstep.ops import conv3d as conv3d
+    from halfstep.ops import conv_transpose1d as conv_transpose1d
+    from halfstep.ops import conv_transpose2d as conv_transpose2d
+    from halfstep.ops import conv_transpose3d as conv_transpose3d
     from halfstep.ops import matmul as matmul
     from halfstep.ops import quantize_blocks as quantize_blocks
     from halfstep.ops import round_to as round_to
@@ -25,10 +32,17 @@ __version__ = "0.1.0"
 
 # public name -> the module it lives in
 _PUBLIC: dict[str, str] = {
+    "BlockTensor": "halfstep.ops",
     "Format": "halfstep.format",
     "GradScaler": "halfstep.switching",
     "Recipe": "halfstep.recipe",
     "autocast": "halfstep.switching",
+    "conv1d": "halfstep.ops",
+    "conv2d": "halfstep.ops",
+    "conv3d": "halfstep.ops",
+    "conv_transpose1d": "halfstep.ops",
+    "conv_transpose2d": "halfstep.ops",
+    "conv_transpose3d": "halfstep.ops",
     "emulate": "halfstep.switching",
     "formats": "halfstep.format",
     "matmul": "halfstep.ops",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import halfstep
+from halfstep.errors import OperandError, UnknownNameError
 from halfstep.format import BlockFormat, Format, block_formats, decode, encode
 from halfstep.ops import BlockTensor
 from halfstep.ops.bit_packing import codes_of, pack, packed_length, unpack, values_of
@@ -92,6 +94,8 @@ def test_several_in_one_file(tmp_path: Path):
         about = file.metadata()
     assert equal(BlockTensor.from_state(loaded, about, "first."), first)
     assert equal(BlockTensor.from_state(loaded, about, "second."), second)
+    assert equal(BlockTensor.load(tmp_path / "two", "first."), first)
+    assert equal(BlockTensor.load(tmp_path / "two", prefix="second."), second)
     with pytest.raises(halfstep.errors.OperandError, match=r"no 'third.block_tensor'.*first.block"):
         BlockTensor.from_state(loaded, about, "third.")
 
@@ -135,6 +139,35 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
         b.dequantize(torch.int8)
     with pytest.raises(halfstep.errors.OperandError, match=r"out is \(5, 71\) on cpu; wanted"):
         b.dequantize(out=torch.empty(5, 71))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "complex64"},
+        {"dtype": None},
+        {"dim": "last"},
+        {"dim": None},
+        {"shape": "5x70"},
+        {"shape": None},
+        {"version": None},
+    ],
+)
+def test_a_damaged_text_is_said_so(change: dict[str, object]):
+    """None: the entry is missing."""
+    tensors, metadata = quantized("mxfp4").state()
+    about = json.loads(metadata["block_tensor"]) | change
+    damaged = {"block_tensor": json.dumps({k: v for k, v in about.items() if v is not None})}
+    for text in (damaged, {"block_tensor": "{"}, {"block_tensor": "[]"}):
+        with pytest.raises(OperandError, match=r"'block_tensor' is no text of BlockTensor.state: "):
+            BlockTensor.from_state(tensors, text)
+
+
+def test_a_format_of_another_library_is_an_unknown_name():
+    tensors, metadata = quantized("mxfp4").state()
+    other = {"block_tensor": metadata["block_tensor"].replace("mxfp4", "mxfp5")}
+    with pytest.raises(UnknownNameError, match="unknown block format 'mxfp5'"):
+        BlockTensor.from_state(tensors, other)
 
 
 @pytest.mark.parametrize("name", NAMES)

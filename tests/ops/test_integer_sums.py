@@ -187,3 +187,33 @@ def test_errors():
         halfstep.matmul(torch.ones(1, 1), torch.ones(1, 1), "int32", "int32")
     with pytest.raises(OperandError, match=r"matmul: a is torch.int8 of shape \(1, 1\)"):
         halfstep.matmul(torch.ones(1, 1).char(), torch.ones(1, 1), "fp16", "int32")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+@pytest.mark.parametrize("operands", ["int8", "int8:wrap"])
+def test_integers_of_any_width_are_operands(dtype: torch.dtype, operands: str):
+    large = [2**62 + 5, -(2**62) - 77, 2**52 + 200, 300, -300, 3, 0, -(2**63)]
+    a = torch.tensor(large if dtype is torch.int64 else [3, 0, 1, 200 % 256, 1, 0, 0, 1]).to(dtype)
+    rounded = halfstep.round_to(a, operands)
+    found = halfstep.matmul(a, a, operands, "int32")
+    assert found.dtype is torch.int32
+    assert found.item() == (rounded * rounded).sum().item()
+
+
+@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
+def test_convolutions_of_integers(name: str):
+    x, w, bias = integers(2, 4, 6, 6), integers(4, 4, 3, 3), integers(4)
+    right = getattr(torch.nn.functional, name)(x.double(), w.double(), bias.double()).int()
+    convolution = getattr(halfstep, name)
+    how = {"operands": "int8", "accumulate": "int32"}
+    for dtype in (torch.int8, torch.int64):
+        found = convolution(x.to(dtype), w.to(dtype), bias.to(dtype), **how)
+        assert found.dtype is torch.int32
+        assert torch.equal(found, right)
+    mixed = convolution(x.to(torch.int8), w.float(), bias.float(), **how)
+    assert mixed.dtype.is_floating_point
+    assert torch.equal(mixed.int(), right)
+    with pytest.raises(
+        OperandError, match=r"input is torch.int8 .*or integers where its format is intN"
+    ):
+        convolution(x.to(torch.int8), w.float(), operands="fp16")

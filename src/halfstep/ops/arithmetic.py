@@ -13,14 +13,13 @@ from torch import Tensor
 from halfstep.errors import OperandError
 from halfstep.format import Accumulator, Format, Kind, Order, Products, Rounding, Unit
 from halfstep.ops.backends import Backend
-from halfstep.ops.carriers import CARRIERS
+from halfstep.ops.carriers import CARRIERS, INTEGERS
 from halfstep.ops.custom import constant, format_text, seed_for, text_of, value_of
 from halfstep.ops.random_bits import Key, draw_key
 from halfstep.ops.rounding import round_to
 from halfstep.ops.sparsity import Sparse
 
 __all__ = [
-    "INTEGERS",
     "NO_KEY",
     "Arithmetic",
     "Keywords",
@@ -39,7 +38,6 @@ __all__ = [
 
 NO_KEY = Key()
 _MOST_BITS = 25  # of a fixed-point number in a float32, sign included
-INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
 _MOST_STEPS = 2**26  # a stochastic sum has random bits of its own for so many
 
 
@@ -335,10 +333,16 @@ def rounded(x: Tensor, format: Format | str) -> Tensor:
 
 
 def carried(x: Tensor, is_integer: bool) -> Tensor:
-    """``x`` in a floating-point dtype that holds it, where it is of integers and so is its format."""
-    if is_integer and isinstance(x, Tensor) and x.dtype in INTEGERS:
-        return x.to(torch.float64 if x.dtype is torch.int32 else torch.float32)
-    return x
+    """``x`` in a floating-point dtype, where it is of integers and so is its format.
+
+    The dtype holds it, or of an int64 another number that any format of integers has the same one for.
+    """
+    if not (is_integer and isinstance(x, Tensor) and x.dtype in INTEGERS):
+        return x
+    if x.dtype is torch.int64:  # those beyond 2^52 saturate by their sign or wrap by their low bits
+        x = x.where((x >= -(2**52)) & (x < 2**52), x.sign() * 2**52 + x % 2**32)
+    wide = x.dtype in (torch.int32, torch.int64)
+    return x.to(torch.float64 if wide else torch.float32)
 
 
 def check_operand(op: str, name: str, x: object, *, least: int) -> None:
@@ -346,7 +350,8 @@ def check_operand(op: str, name: str, x: object, *, least: int) -> None:
     if not isinstance(x, Tensor):
         raise OperandError(f"{op}: {name} is a {type(x).__name__}; allowed: a torch.Tensor")
     if x.dtype not in CARRIERS or x.layout is not torch.strided or x.dim() < least:
+        also = ", or integers where its format is intN" if x.dtype in INTEGERS else ""
         raise OperandError(
             f"{op}: {name} is {x.dtype} of shape {tuple(x.shape)} ({x.layout}); allowed: a dense "
-            f"float32, float64, float16 or bfloat16 tensor of {least} or more dimensions"
+            f"float32, float64, float16 or bfloat16 tensor of {least} or more dimensions{also}"
         )

@@ -143,7 +143,7 @@ class BlockTensor:
             dtype = self.dtype if dtype is None else dtype
             if dtype not in CARRIERS:
                 raise OperandError(
-                    f"dequantize: dtype {dtype}; allowed: float32, float64, float16, bfloat16"
+                    f"dequantize: dtype {dtype!r}; allowed: {', '.join(map(str, CARRIERS))}"
                 )
         else:
             _check_out(out, self.shape, self.device, dtype)
@@ -197,7 +197,8 @@ class BlockTensor:
     ) -> BlockTensor:
         """What `state` of the same prefix was of. Other entries are ignored.
 
-        Raises `OperandError` where entries are missing, of a later version, or contradict each other.
+        Raises `OperandError` where entries are missing, of a later version, no text of ours, or contradict
+        each other, `UnknownNameError` or `FormatError` for a format that there is not.
         """
         key = f"{prefix}block_tensor"
         if key not in metadata:
@@ -205,26 +206,15 @@ class BlockTensor:
             raise OperandError(
                 f"BlockTensor: no {key!r} in the metadata; there is: {', '.join(near) or 'none'}"
             )
-        about: dict[str, Any] = json.loads(metadata[key])
-        if about["version"] != _VERSION:
-            raise OperandError(
-                f"BlockTensor: {key!r} is of version {about['version']}, this halfstep reads "
-                f"{_VERSION}"
-            )
-        format = BlockFormat.parse(about["format"])
+        about = _about(key, metadata[key])
+        format: BlockFormat = about["format"]
         names = _PARTS if format.has_tensor_scale else _PARTS[:2]
         missing = [f"{prefix}{name}" for name in names if f"{prefix}{name}" not in tensors]
         if missing:
             raise OperandError(f"BlockTensor: tensors missing: {', '.join(missing)}")
         parts: dict[str, Any] = {name: tensors[f"{prefix}{name}"] for name in names}
         parts.setdefault("tensor_scale", torch.ones((), device=parts["values"].device))
-        return cls(
-            **parts,
-            format=format,
-            shape=torch.Size(about["shape"]),
-            dim=about["dim"],
-            dtype=getattr(torch, about["dtype"]),
-        )
+        return cls(**parts, **about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file of `state`, whole or not at all."""
@@ -232,18 +222,44 @@ class BlockTensor:
         _write_whole(Path(path), _safetensors().save(tensors, metadata))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> BlockTensor:
-        """The one that `save` wrote, on the CPU. Raises `OperandError` for another file's content."""
+    def load(cls, path: str | os.PathLike[str], prefix: str = "") -> BlockTensor:
+        """The one that `save` wrote, on the CPU; with ``prefix``, that of several in one file (`state`).
+
+        Other tensors of the file are not read. Raises what `from_state` does, and `OperandError` for
+        another kind of file or a damaged one.
+        """
         _safetensors()
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                ours = {f"{prefix}{name}" for name in _PARTS} & set(file.keys())
+                tensors = {name: file.get_tensor(name) for name in ours}
                 metadata = file.metadata() or {}
         except SafetensorError as error:
             raise OperandError(f"BlockTensor: {path} is no safetensors file: {error}") from None
-        return cls.from_state(tensors, metadata)
+        return cls.from_state(tensors, metadata, prefix)
+
+
+def _about(key: str, text: str) -> dict[str, Any]:
+    """The fields, but tensors, of the one that `BlockTensor.state` wrote this text about."""
+    no_text = OperandError(f"BlockTensor: {key!r} is no text of BlockTensor.state: {text[:200]}")
+    try:
+        about: dict[str, Any] = json.loads(text)
+        version = about["version"]
+    except (ValueError, TypeError, KeyError):
+        raise no_text from None
+    if version != _VERSION:
+        raise OperandError(
+            f"BlockTensor: {key!r} is of version {version}, this halfstep reads {_VERSION}"
+        )
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in CARRIERS}
+    try:
+        format, dim = str(about["format"]), int(about["dim"])
+        shape, dtype = torch.Size(about["shape"]), dtypes[about["dtype"]]
+    except (ValueError, TypeError, KeyError):
+        raise no_text from None
+    return {"format": BlockFormat.parse(format), "shape": shape, "dim": dim, "dtype": dtype}
 
 
 def _dequantize_into(

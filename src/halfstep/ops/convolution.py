@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from halfstep.errors import OperandError, UnknownNameError
+from halfstep.format import Format
 from halfstep.ops.arithmetic import (
     Arithmetic,
     Keywords,
     arithmetic_of,
     arithmetic_text,
+    carried,
     check_operand,
     operands_of,
     rounded,
 )
+from halfstep.ops.carriers import INTEGERS
 from halfstep.ops.convolved import convolved
 from halfstep.ops.custom import is_traced
 from halfstep.ops.windows import Form, Geometry
@@ -71,7 +74,8 @@ def conv2d(
 
     ``input`` ([N,] C, H, W), ``weight`` (O, C / groups, KH, KW), ``bias`` (O), and the arguments up
     to ``groups`` are as for torch; padding may be "valid" or "same". float32, float64 or 16-bit,
-    on one device; the result is float32, float64 where an operand is.
+    on one device; the result is float32, float64 where an operand is. Integers too where the operands'
+    format is ``intN``; int32 where all three, and the accumulator's format, are of integers.
 
     The keywords are those of `halfstep.matmul` (all but ``initial``) and mean the same, operands
     being input and weight. Each element of the result is one dot product as defined there, with
@@ -230,6 +234,7 @@ def _conv(
 ) -> Tensor:
     op = f"conv{dims}d"
     how = _arithmetic(op, keywords)
+    input, weight, counts = _carried(how, input, weight, bias)
     _check(op, dims, input, weight, groups, channels=1)
     strides, dilations = (
         _numbers(op, "stride", stride, dims),
@@ -251,7 +256,7 @@ def _conv(
         size=size, kernel=kernel, out=out,
         stride=strides, before=before, dilation=dilations, groups=groups,
     )  # fmt: skip
-    return _convolved(op, Form.OUTPUT, input, weight, bias, geometry, how, generator)
+    return _convolved(op, Form.OUTPUT, input, weight, bias, geometry, how, generator, counts)
 
 
 def _transposed(
@@ -269,6 +274,7 @@ def _transposed(
 ) -> Tensor:
     op = f"conv_transpose{dims}d"
     how = _arithmetic(op, keywords)
+    input, weight, counts = _carried(how, input, weight, bias)
     _check(op, dims, input, weight, groups, channels=0)
     strides, dilations = (
         _numbers(op, "stride", stride, dims),
@@ -295,7 +301,7 @@ def _transposed(
         size=size, kernel=kernel, out=out,
         stride=strides, before=before, dilation=dilations, groups=groups,
     )  # fmt: skip
-    return _convolved(op, Form.INPUT, input, weight, bias, geometry, how, generator)
+    return _convolved(op, Form.INPUT, input, weight, bias, geometry, how, generator, counts)
 
 
 def _convolved(
@@ -307,27 +313,46 @@ def _convolved(
     geometry: Geometry,
     how: Arithmetic | str,
     generator: torch.Generator | None,
+    counts: bool,
 ) -> Tensor:
+    """``counts``: the result is one of integers."""
     dims = len(geometry.size)
     outputs = weight.shape[0] if form is Form.OUTPUT else weight.shape[1] * geometry.groups
     if bias is not None:
-        check_operand(op, "bias", bias, least=1)
+        if not counts:
+            check_operand(op, "bias", bias, least=1)
         if bias.shape != (outputs,) or bias.device != input.device:
             raise OperandError(
                 f"{op}: bias is {tuple(bias.shape)} on {bias.device}; "
                 f"wanted: ({outputs},) on {input.device}"
             )
-    if isinstance(how, str):
-        of_weight, of_input, *_ = operands_of(how).splitlines()
-    else:
-        of_weight, of_input = how.operands
+    of_weight, of_input, _ = _operands(how)
     x, w = rounded(input, of_input), rounded(weight, of_weight)
     batched = x if x.dim() == dims + 2 else x.unsqueeze(0)
     out = convolved(op, form, w, batched, geometry, how, generator)
+    if counts:
+        out = out.to(torch.int32)
     if bias is not None:
-        wide = bias.double() if out.dtype is torch.float64 else bias.float()
-        out = out + wide.view(-1, *[1] * dims)
+        out = out + bias.to(out.dtype).view(-1, *[1] * dims)
     return out if x.dim() == dims + 2 else out.squeeze(0)
+
+
+def _operands(how: Arithmetic | str) -> tuple[Format | str, Format | str, str]:
+    """The formats of weight and input, and which of them ("a", "b") and the sum ("+") are of integers."""
+    if isinstance(how, str):
+        of_weight, of_input, _, *integers = operands_of(how).splitlines()
+        return of_weight, of_input, "".join(integers)
+    return *how.operands, how.integers
+
+
+def _carried(
+    how: Arithmetic | str, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, bool]:
+    """Input and weight in floating-point dtypes, if they may be integers; True if the result is, too."""
+    *_, integers = _operands(how)
+    given = (input, weight) if bias is None else (input, weight, bias)
+    counts = integers == "ab+" and all(isinstance(x, Tensor) and x.dtype in INTEGERS for x in given)
+    return carried(input, "b" in integers), carried(weight, "a" in integers), counts
 
 
 def _arithmetic(op: str, keywords: Keywords) -> Arithmetic | str:

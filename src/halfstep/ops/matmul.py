@@ -10,7 +10,6 @@ from torch import Tensor
 from halfstep.errors import OperandError
 from halfstep.format import Accumulator, Format, Order, Products, Rounding, Unit
 from halfstep.ops.arithmetic import (
-    INTEGERS,
     Arithmetic,
     arithmetic_of,
     arithmetic_text,
@@ -20,6 +19,7 @@ from halfstep.ops.arithmetic import (
     rounded,
 )
 from halfstep.ops.backends import Backend
+from halfstep.ops.carriers import INTEGERS
 from halfstep.ops.custom import is_traced
 from halfstep.ops.integer_sums import takes_bytes
 from halfstep.ops.products import product
@@ -54,10 +54,10 @@ def matmul(
     """``a @ b + initial`` with operands in one format and the sum in another, bit for bit defined.
 
     ``a`` and ``b`` are as for `torch.matmul` (vectors, matrices, batches that broadcast, any
-    strides), float32, float64 or 16-bit, on one device; integers too where the operands' format is
-    ``intN``. The result is float32; float64 where an operand is, or where the accumulator is a
-    fixed-point format of more than 25 bits; int32 where both operands and the accumulator are
-    integers. ``initial`` (the C of A @ B + C) broadcasts to the result.
+    strides), float32, float64 or 16-bit, on one device; integers (int8 to int64, uint8, bool) too where
+    the operands' format is ``intN``. The result is float32; float64 where an operand is, or where the
+    accumulator is a fixed-point format of more than 25 bits; int32 where both operands and the
+    accumulator are integers. ``initial`` (the C of A @ B + C) broadcasts to the result.
 
     Both operands are rounded to ``operands`` (nearest; a pair gives each its own; "fp32" leaves
     float32 and 16-bit tensors as they are) and multiplied exactly. ``accumulate`` says in which
