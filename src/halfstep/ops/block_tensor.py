@@ -329,9 +329,12 @@ class _Join(torch.autograd.Function):
     """The number, with the gradient of the edge."""
 
     @staticmethod
-    def forward(ctx: Any, edge: Tensor, number: Tensor) -> Tensor:
-        ctx.dtype = edge.dtype
+    def forward(edge: Tensor, number: Tensor) -> Tensor:
         return number.view_as(number)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

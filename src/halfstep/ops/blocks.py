@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import (  # pyright: ignore[reportMissingModuleSource]
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+)
 from torch.autograd import forward_ad
 
 from halfstep.errors import OperandError
@@ -85,6 +89,11 @@ def quantize_blocks(
     if is_traced():
         return _traced_quantize(x, format, dim, rounding, generator, backend)
     format, dim, rounding = _checked("quantize_blocks", x, format, dim, rounding)
+    if _is_batched(x):
+        raise OperandError(
+            "quantize_blocks: x is inside of torch.vmap, where a BlockTensor cannot be; use "
+            "halfstep.ops.round_blocks, or quantise the whole batch"
+        )
     key = draw_key(generator) if rounding is Rounding.STOCHASTIC else Key()
     with torch.no_grad():
         parts = _parts(x, format, dim, rounding, key, Backend.parse(backend))
@@ -187,12 +196,24 @@ class _Edge(torch.autograd.Function):
     """A tensor of x's shape and one number of memory, through which x gets its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
+
+
+def _is_batched(x: Tensor) -> bool:
+    while is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
+            return True
+        x = get_unwrapped(x)
+    return False
 
 
 def _parts(

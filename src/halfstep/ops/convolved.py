@@ -21,7 +21,7 @@ from halfstep.ops.arithmetic import (
     seed_of_node,
 )
 from halfstep.ops.custom import operator
-from halfstep.ops.products import derives
+from halfstep.ops.products import derives, each, is_transformed
 from halfstep.ops.random_bits import Key
 from halfstep.ops.windows import Form, Geometry, convolve
 
@@ -47,9 +47,13 @@ def convolved(
     places = other.shape[0] * prod(geometry.out)
     steps = max(prod(weight.shape[1:]), weight[:, 0].numel(), places)
     arguments = (weight, other, form, geometry, how, key_for(op, how, steps, generator))
-    if derives(weight, other):
-        return _Convolution.apply(*arguments)  # pyright: ignore[reportReturnType]
+    if derives(weight, other) or is_transformed():
+        return _derived(*arguments)
     return _convolve(*arguments)
+
+
+def _derived(*arguments: Any) -> Any:
+    return (_Transformed if is_transformed() else _Convolution).apply(*arguments)
 
 
 def _convolve(
@@ -80,9 +84,48 @@ class _Convolution(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         def again(left: Tensor, right: Tensor, wanted: Form, how: Arithmetic, turn: int) -> Any:
             key = next_key(ctx.key, turn)
-            return _Convolution.apply(left, right, wanted, ctx.geometry, how, key)
+            return _derived(left, right, wanted, ctx.geometry, how, key)
 
         return (*_gradients(ctx, grads[0], ctx.form, ctx.how, again), None, None, None, None)
+
+
+class _Transformed(_Convolution):
+    """The same for `torch.func` and forward mode, which have another form; it takes longer to call."""
+
+    @staticmethod
+    def forward(
+        left: Tensor, right: Tensor, form: Form, geometry: Geometry, how: Arithmetic, key: Key
+    ) -> Tensor:
+        return _convolve(left, right, form, geometry, how, key)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        left, right, ctx.form, ctx.geometry, ctx.how, ctx.key = inputs
+        ctx.save_for_backward(left, right)
+        ctx.save_for_forward(left, right)
+        ctx.dtype = output.dtype
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        how, parts = ctx.how, []
+        for number, tangent in enumerate(tangents[:2]):
+            if tangent is not None:
+                operands, formats = list(ctx.saved_tensors), list(how.operands)
+                operands[number], formats[number] = rounded(tangent, how.gradient), how.gradient
+                back = replace(how, forward=how.backward, operands=(formats[0], formats[1]))
+                key = next_key(ctx.key, number + 1)
+                parts.append(_derived(*operands, ctx.form, ctx.geometry, back, key))
+        return sum(part.to(ctx.dtype) for part in parts)  # pyright: ignore[reportReturnType]
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, left: Tensor, right: Tensor, *rest: Any
+    ) -> tuple[Tensor, int]:
+        examples = [
+            _derived(each(left, in_dims[0], i), each(right, in_dims[1], i), *rest)
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(examples), 0
 
 
 def _gradients(

@@ -101,7 +101,8 @@ def matmul(
     Gradient: straight through, every rounding being passed over. The gradient that arrives is
     rounded to ``gradient`` (the format of ``a`` if not given) and multiplied with the rounded
     operands, added as ``grad_accumulate`` says (as the forward if not given); where an operand was
-    broadcast, its gradient is one dot product over the batch, too.
+    broadcast, its gradient is one dot product over the batch, too. In forward mode tangents are rounded
+    and added like gradients. The transforms of `torch.func` work; under ``vmap`` every example is as alone.
 
     ``sparse``, "a" or "b", prunes that operand after its rounding to two of every four consecutive
     numbers along K (`halfstep.ops.prune_2_4`), and leaves the others' products out: chunks, blocks of a

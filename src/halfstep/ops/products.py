@@ -30,7 +30,7 @@ from halfstep.ops.random_bits import Key
 from halfstep.ops.rounding import round_into
 from halfstep.ops.sparsity import Sparse, compressed
 
-__all__ = ["derives", "multiply", "on_grid", "plain_multiply", "product"]
+__all__ = ["derives", "each", "is_transformed", "multiply", "on_grid", "plain_multiply", "product"]
 
 _COPIED = (
     2**23
@@ -52,9 +52,18 @@ def product(
     if isinstance(how, str):
         return _node(a, b, initial, how, seed_of_node(how, generator), [])
     key = key_for("matmul", how, a.shape[-1], generator)
-    if not derives(a, b, *([] if initial is None else [initial])):
-        return _product(a, b, initial, how, key)
-    return _Product.apply(a, b, initial, how, key)  # pyright: ignore[reportReturnType]
+    if derives(a, b, *([] if initial is None else [initial])) or is_transformed():
+        return _derived(a, b, initial, how, key)
+    return _product(a, b, initial, how, key)
+
+
+def _derived(*arguments: Any) -> Any:
+    return (_Transformed if is_transformed() else _Product).apply(*arguments)
+
+
+def is_transformed() -> bool:
+    """True inside of a transform of torch.func, and where forward-mode derivatives are asked for."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def derives(*tensors: Tensor) -> bool:
@@ -181,9 +190,65 @@ class _Product(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         def again(x: Tensor, y: Tensor, how: Arithmetic, turn: int) -> Any:
-            return _Product.apply(x, y, None, how, next_key(ctx.key, turn))
+            return _derived(x, y, None, how, next_key(ctx.key, turn))
 
         return (*_gradients(ctx, grads[0], ctx.arithmetic, again), None, None)
+
+
+class _Transformed(_Product):
+    """The same for `torch.func` and forward mode, which have another form; it takes longer to call."""
+
+    @staticmethod
+    def forward(
+        a: Tensor, b: Tensor, initial: Tensor | None, arithmetic: Arithmetic, key: Key
+    ) -> Tensor:
+        return _product(a, b, initial, arithmetic, key)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        a, b, initial, ctx.arithmetic, ctx.key = inputs
+        ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
+        ctx.initial = None if initial is None else (initial.shape, initial.dtype)
+        ctx.dtype = output.dtype
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        a, b = ctx.saved_tensors
+        of_a, of_b, of_initial, *_ = tangents
+        how, parts = ctx.arithmetic, [] if of_initial is None else [of_initial]
+        if of_b is not None:
+            parts.insert(0, _derived(a, of_b, None, how.of_b, next_key(ctx.key, 2)))
+        if of_a is not None:
+            parts.insert(0, _derived(of_a, b, None, how.of_a, next_key(ctx.key, 1)))
+        return sum(part.to(ctx.dtype) for part in parts)  # pyright: ignore[reportReturnType]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
+        *tensors, arithmetic, key = arguments
+        numbers = list(zip(tensors, in_dims, strict=False))
+        if arithmetic.is_random or in_dims[0] is in_dims[1] is None:
+            # random bits belong to places in the result; each example has those that it would have alone
+            examples = [
+                _derived(*[each(x, dim, i) for x, dim in numbers], arithmetic, key)
+                for i in range(info.batch_size)
+            ]
+            return torch.stack(examples), 0
+        most = max(x.dim() - (dim is not None) for x, dim in numbers if x is not None)
+        return _derived(*[_leading(x, dim, most) for x, dim in numbers], arithmetic, key), 0
+
+
+def each(x: Tensor | None, dim: int | None, i: int) -> Tensor | None:
+    """Of a tensor that `torch.vmap` has batched along ``dim`` example i; another one as it is."""
+    return x if x is None or dim is None else x.select(dim, i)
+
+
+def _leading(x: Tensor | None, dim: int | None, dimensions: int) -> Tensor | None:
+    """``x`` with its batch of examples first, before so many others."""
+    if x is None or dim is None:
+        return x
+    x = x.movedim(dim, 0)
+    return x[(slice(None), *[None] * (dimensions + 1 - x.dim()))]
 
 
 def _gradients(

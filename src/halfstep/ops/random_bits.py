@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._C._functorch import (  # pyright: ignore[reportMissingModuleSource]
+    is_functorch_wrapped_tensor,
+)
 
 from halfstep.errors import OperandError
 
@@ -63,11 +66,17 @@ def draw_key(generator: torch.Generator | None, bits: int = ALL_BITS) -> Key:
 
     The same seed of the generator gives the same key, and each call moves the generator on.
 
-    Raises `OperandError` for what is no generator.
+    Raises `OperandError` for what is no generator, and where each example of `torch.vmap` would have to
+    have a key of its own.
     """
     check_generator(generator)
     device = generator.device if generator is not None else "cpu"
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
+    if is_functorch_wrapped_tensor(seed):
+        raise OperandError(
+            "stochastic rounding inside of torch.vmap; allowed: randomness='same', or rounding the "
+            "whole batch outside of it, with random bits for every element"
+        )
     return Key.from_seed(int(seed), bits)
 
 
