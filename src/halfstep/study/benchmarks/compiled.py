@@ -23,6 +23,8 @@ EAGER_BF16 = "halfstep bf16"
 COMPILED_BF16 = "compiled halfstep bf16"
 EAGER_FP16 = "halfstep fp16"
 COMPILED_FP16 = "compiled halfstep fp16"
+EAGER_FP8 = "halfstep fp8"
+COMPILED_FP8 = "compiled halfstep fp8"
 
 # Compiled, it is to be no slower; without an LSTM in graphs there is nothing to gain.
 _GAIN = {"transformer": 1.0, "CNN": 1.0, "LSTM": 0.95}
@@ -59,6 +61,7 @@ def _comparisons(workload: str) -> tuple[Comparison, ...]:
         Comparison(
             case=COMPILED_FP16, against=COMPILED_FP32, target=Target(sense=Sense.AT_MOST, bound=1.3)
         ),
+        Comparison(case=COMPILED_FP8, against=EAGER_FP8, target=gain),
     )
 
 
@@ -78,6 +81,7 @@ def _compiled(step: Callable[[Workload], Step], workload: Workload, backend: str
 
 _bf16 = partial(switched_step, recipe="bf16")
 _fp16 = partial(switched_step, recipe="fp16")
+_fp8 = partial(switched_step, recipe="fp8")
 _CONTESTANTS: dict[str, Callable[[Workload, str], Step]] = {
     FP32: partial(_eager, fp32_step),
     COMPILED_FP32: partial(_compiled, fp32_step),
@@ -85,4 +89,6 @@ _CONTESTANTS: dict[str, Callable[[Workload, str], Step]] = {
     COMPILED_BF16: partial(_compiled, _bf16),
     EAGER_FP16: partial(_eager, _fp16),
     COMPILED_FP16: partial(_compiled, _fp16),
+    EAGER_FP8: partial(_eager, _fp8),
+    COMPILED_FP8: partial(_compiled, _fp8),
 }
