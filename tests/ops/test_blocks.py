@@ -11,27 +11,19 @@ from torch import Tensor
 import block_twin
 import halfstep
 from adversarial import bits, same_numbers, sixteen_bit_patterns, specials
-from halfstep.format import BlockFormat, Rounding, block_formats
-from halfstep.ops import BlockTensor, block_rounder, draw_key, native, random_bits, round_blocks
+from block_cases import EVERY, NAMED, RULES, SEED, numbers
+from halfstep.format import BlockFormat, Rounding
+from halfstep.ops import (
+    BlockTensor,
+    draw_key,
+    native,
+    random_bits,
+    round_blocks,
+)
 
-NAMED = list(block_formats())
-RULES = ["floor", "ceil", "even", "rceil"]
-_FAMILIES = """
-e4m3fn@tensor e5m2@row e4m3fn@1x128 e4m3fn@128x128 int8@32x32 int8@row e2m1@1x16:floor
-e4m3fn@4x8:rceil int4@1x32 ternary@row e3m2@2x16 int5@1x8 q3.5@row e4m3@row fp16@1x64 bf16@row
-e6m9@1x32 int12@row int8@row:symmetric:ceil e1m2@1x16 binary@1x8
-"""
-FAMILIES = _FAMILIES.split()
-EVERY = [
-    *NAMED,
-    *(f"{name}:{rule}" for name in ("mxfp8_e4m3", "mxfp4", "mxint8") for rule in RULES[1:]),
-    "mxint8:symmetric",
-    *FAMILIES,
-]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 NATIVE_SETS = [] if native.MISSING else native._core.instruction_sets()
 BACKENDS = ["reference", *NATIVE_SETS]
-SEED = 4711
 
 
 def on(backend: str, call, *arguments, seed: int = 7, **options):
@@ -42,20 +34,6 @@ def on(backend: str, call, *arguments, seed: int = 7, **options):
         return call(*arguments, backend="reference", **options)
     with native.instruction_set(backend):
         return call(*arguments, **options)
-
-
-def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = SEED) -> Tensor:
-    """Normal numbers over many binades, ties among them, zeros, blocks of zeros; all finite."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    x *= 2.0 ** torch.randint(-12, 9, shape, generator=generator)
-    kind = torch.randint(0, 6, shape, generator=generator)
-    x = torch.where(kind == 0, torch.round(x * 4) / 4, x)  # on grids, and at ties
-    x = torch.where(kind == 1, torch.sign(x) * 2.0 ** torch.round(x.abs().clamp(max=9)), x)
-    x = torch.where(kind == 2, x * 0, x)  # zeros of both signs
-    if x.numel():
-        x.view(-1)[: x.numel() // 5] = 0
-    return x.to(dtype)
 
 
 # The reference against the text-book
@@ -446,31 +424,3 @@ def test_one_scale_for_all_is_the_references(name: str, amax: float):
     assert torch.equal(native.dequantize(), reference.dequantize())
     one_call = round_blocks(x, name, backend="native")
     assert same_numbers(one_call, round_blocks(x, name, backend="reference")).all()
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_a_rounder_gives_what_round_blocks_does(name: str):
-    """For every axis of tensors that lie in order, transposed and otherwise; not finite, and empty."""
-    format = BlockFormat.parse(name)
-    rounded = block_rounder(format)
-    spoilt = numbers((9, 40), torch.float32)
-    spoilt[2, 3], spoilt[8, 39] = math.nan, -math.inf
-    for x in (
-        numbers((40,), torch.float32),
-        numbers((9, 40), torch.float32),
-        numbers((40, 9), torch.float32).t(),
-        numbers((40, 18), torch.float32)[:, ::2],
-        numbers((2, 3, 40), torch.float32),
-        numbers((3, 2, 40), torch.float32).transpose(0, 1),
-        numbers((1, 40), torch.float32).t(),
-        numbers((4, 8), torch.float64),
-        numbers((4, 8), torch.bfloat16),
-        torch.empty(0, 4),
-        spoilt,
-        spoilt.t(),
-    ):
-        for dim in range(-x.dim(), x.dim()):
-            expected = round_blocks(x, format, dim, backend="reference")
-            result = rounded(x, dim)
-            assert same_numbers(result, expected).all()
-            assert result.stride() == torch.empty_like(x).stride()

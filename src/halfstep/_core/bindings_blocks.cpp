@@ -154,7 +154,32 @@ struct BlockRounder {
     return true;
   }
 
+  // The same of float32 (a, b, *positions) whose tiles span a and b: each position's matrix by itself.
+  bool run_kernel(const BlockLayout& layout, std::uintptr_t x, std::uintptr_t out, std::size_t n,
+                  std::size_t positions, int rounding, std::uint32_t key_low, std::uint32_t key_high,
+                  int threads) const {
+    const std::unique_ptr<float[]> turned(new float[n]);
+    const std::size_t channels = n / positions;
+    turn(reinterpret_cast<const float*>(x), channels, positions, turned.get(), threads);
+    const std::uintptr_t at = address_of(turned.get());
+    if (!run(layout, at, int(Carrier::float32), at, n, rounding, key_low, key_high, threads)) return false;
+    turn(turned.get(), positions, channels, reinterpret_cast<float*>(out), threads);
+    return true;
+  }
+
  private:
+  // A matrix of rows x columns, transposed.
+  static void turn(const float* from, std::size_t rows, std::size_t columns, float* to, int threads) {
+    parallel_for(rows, std::max<std::size_t>(1, grain / columns), threads, [&](std::size_t begin, std::size_t end) {
+      if (rows > columns)  // many short rows: written along them
+        for (std::size_t c = 0; c < columns; ++c)
+          for (std::size_t r = begin; r < end; ++r) to[c * rows + r] = from[r * columns + c];
+      else
+        for (std::size_t r = begin; r < end; ++r)
+          for (std::size_t c = 0; c < columns; ++c) to[c * rows + r] = from[r * columns + c];
+    });
+  }
+
   static std::uintptr_t address_of(const void* p) { return reinterpret_cast<std::uintptr_t>(p); }
 
   // The division of two float32 in float64, rounded to float32, is float32's.
@@ -208,6 +233,9 @@ void bind_blocks(nb::module_& m) {
           nb::arg("plan"), nb::arg("look"), nb::arg("largest"))
       .def("run", &BlockRounder::run, nb::arg("layout"), nb::arg("x"), nb::arg("carrier"),
            nb::arg("out"), nb::arg("n"), nb::arg("rounding"), nb::arg("key_low"),
+           nb::arg("key_high"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>())
+      .def("run_kernel", &BlockRounder::run_kernel, nb::arg("layout"), nb::arg("x"), nb::arg("out"),
+           nb::arg("n"), nb::arg("positions"), nb::arg("rounding"), nb::arg("key_low"),
            nb::arg("key_high"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
   const auto released = nb::call_guard<nb::gil_scoped_release>();
   m.def("quantize_blocks", &quantize, nb::kw_only(), nb::arg("plan"),

@@ -2,7 +2,7 @@
 
 from halfstep.ops.backends import Backend, Choice, choose, explain
 from halfstep.ops.block_tensor import BlockTensor
-from halfstep.ops.blocks import block_rounder, quantize_blocks, round_blocks
+from halfstep.ops.blocks import block_rounder, kernel_rounder, quantize_blocks, round_blocks
 from halfstep.ops.convolution import (
     conv1d,
     conv2d,
@@ -38,6 +38,7 @@ __all__ = [
     "count_nonfinite",
     "draw_key",
     "explain",
+    "kernel_rounder",
     "matmul",
     "multiply",
     "prune_2_4",

@@ -36,7 +36,7 @@ from halfstep.ops.layout import PLAIN
 from halfstep.ops.random_bits import Key, draw_key
 from halfstep.ops.rounding import round_to
 
-__all__ = ["block_rounder", "quantize_blocks", "round_blocks"]
+__all__ = ["block_rounder", "kernel_rounder", "quantize_blocks", "round_blocks"]
 
 
 def quantize_blocks(
@@ -146,14 +146,44 @@ def round_blocks(
 
 
 def block_rounder(
-    format: BlockFormat, first: Format | None = None
+    format: BlockFormat, first: Format | None = None, *, joined: bool = False
 ) -> Callable[[Tensor, int], Tensor]:
     """A function that gives ``round_blocks(x, format, dim)`` of tensors that have axes, without a graph.
 
-    With ``first``, of ``round_to(x, first)``. For callers with many small tensors: what depends on the
-    format alone is decided here.
+    With ``first``, of ``round_to(x, first)``; ``joined``: with all axes after ``dim`` as one. For callers
+    with many small tensors: what depends on the format alone is decided here.
     """
-    native_one = native_blocks.rounder(format, first)
+
+    def otherwise(x: Tensor, dim: int) -> Tensor:
+        if joined:
+            return round_blocks(x.flatten(dim + 1), format, dim).view(x.shape)
+        return round_blocks(x, format, dim)
+
+    return _rounder(native_blocks.rounder(format, first, joined=joined), first, otherwise)
+
+
+def kernel_rounder(
+    format: BlockFormat, first: Format | None = None
+) -> Callable[[Tensor, int], Tensor]:
+    """As `block_rounder`, of a convolution's weight (a, b, *positions).
+
+    Tiles span a and b, each position's by itself; ``dim``, 0 or 1, is the axis that blocks lie along.
+    """
+
+    def otherwise(x: Tensor, dim: int) -> Tensor:
+        n = x.dim()
+        turned = x.permute(*range(2, n), 0, 1).contiguous()
+        return round_blocks(turned, format, dim - 2).permute(n - 2, n - 1, *range(n - 2))
+
+    return _rounder(native_blocks.kernel_rounder(format, first), first, otherwise)
+
+
+def _rounder(
+    native_one: Callable[[Tensor, int], Tensor | None] | None,
+    first: Format | None,
+    otherwise: Callable[[Tensor, int], Tensor],
+) -> Callable[[Tensor, int], Tensor]:
+    """``native_one`` where it takes a tensor, else ``otherwise``."""
 
     def rounded(x: Tensor, dim: int) -> Tensor:
         if (
@@ -167,7 +197,7 @@ def block_rounder(
             if out is not None:
                 return out
         x = x.detach()
-        return round_blocks(x if first is None else round_to(x, first), format, dim)
+        return otherwise(x if first is None else round_to(x, first), dim)
 
     return rounded
 

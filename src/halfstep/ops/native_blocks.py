@@ -32,7 +32,7 @@ from halfstep.ops.block_reference import Parts, scales_shape
 from halfstep.ops.layout import overlaps
 from halfstep.ops.random_bits import Key
 
-__all__ = ["dequantize_into", "quantize", "refuses", "round_into", "rounder"]
+__all__ = ["dequantize_into", "kernel_rounder", "quantize", "refuses", "round_into", "rounder"]
 
 _CHUNK = 2048  # elements along an axis that share a scale given beforehand
 _FP32 = Format.parse("fp32")
@@ -116,34 +116,27 @@ def round_into(
 
 
 def rounder(
-    format: BlockFormat, first: Format | None = None
+    format: BlockFormat, first: Format | None = None, *, joined: bool = False
 ) -> Callable[[Tensor, int], Tensor | None] | None:
     """``x`` with blocks along ``dim``, rounded to nearest, in a new tensor; None where there is no kernel.
 
-    ``first``: a format that ``x`` is rounded to before.
+    ``first``: a format that ``x`` is rounded to before. ``joined``: all axes after ``dim`` are one.
 
     For FP32 tensors with memory of their own, and no graph. None for what takes more: axes that do not lie
     as a contiguous tensor's or, of a matrix, its transpose's; and what the kernels pass on.
     """
-    one_call = None if refuses(format.element, ()) else _one_call(format, torch.float32)
-    if one_call is None:
+    steps = _steps(format, first)
+    if steps is None:
         return None
-    run, carrier, code = (
-        one_call.run,
-        native.CARRIERS[torch.float32],
-        native.CODES[Rounding.NEAREST],
-    )
+    run, before = steps.one_call.run, steps.before
     last = (-1, 1)
-    if first is not None and (
-        not native.holds(torch.float32, first) or native.refuses_round(first, ())
-    ):
-        return None
-    grid = None if first is None else native.grid_of(first, Rounding.NEAREST, in_float64=False)
-    round_first = native.core().round_to
 
     @lru_cache(maxsize=1024)
     def layout_of(shape: torch.Size, dim: int) -> Any:
-        return _layout(shape, format, dim % len(shape), packs=False)
+        dim %= len(shape)
+        if joined:
+            shape = torch.Size((*shape[: dim + 1], math.prod(shape[dim + 1 :])))
+        return _layout(shape, format, dim, packs=False)
 
     def rounded(x: Tensor, dim: int) -> Tensor | None:
         shape, n = x.shape, x.numel()
@@ -155,13 +148,73 @@ def rounder(
         if layout is None:
             return None
         out = torch.empty_like(x)
-        at, to, threads = x.data_ptr(), out.data_ptr(), torch.get_num_threads()
-        if grid is not None:
-            round_first(at, carrier, to, carrier, False, n, grid, code, 0, 0, 0, threads)
-            at = to
-        return out if run(layout, at, carrier, to, n, code, 0, 0, threads) else None
+        to, threads = out.data_ptr(), torch.get_num_threads()
+        at = before(x.data_ptr(), to, n, threads)
+        return out if run(layout, at, _CARRIER, to, n, _NEAREST, 0, 0, threads) else None
 
     return rounded
+
+
+def kernel_rounder(
+    format: BlockFormat, first: Format | None = None
+) -> Callable[[Tensor, int], Tensor | None] | None:
+    """As `rounder`, of a convolution's weight (a, b, *positions) in tiles over a and b; ``dim`` is 0 or 1."""
+    steps = _steps(format, first)
+    if steps is None:
+        return None
+    run, before = steps.one_call.run_kernel, steps.before
+
+    @lru_cache(maxsize=1024)
+    def layout_of(shape: torch.Size, dim: int) -> tuple[Any, int]:
+        positions = math.prod(shape[2:])
+        turned = torch.Size((positions, *shape[:2]))
+        return _layout(turned, format, dim + 1, packs=False), positions
+
+    def rounded(x: Tensor, dim: int) -> Tensor | None:
+        n = x.numel()
+        if not x.is_contiguous() or not 0 < n < 2**32:
+            return None
+        layout, positions = layout_of(x.shape, dim)
+        if layout is None:
+            return None
+        out = torch.empty_like(x)
+        to, threads = out.data_ptr(), torch.get_num_threads()
+        at = before(x.data_ptr(), to, n, threads)
+        return out if run(layout, at, to, n, positions, _NEAREST, 0, 0, threads) else None
+
+    return rounded
+
+
+_CARRIER = native.CARRIERS[torch.float32]
+_NEAREST = native.CODES[Rounding.NEAREST]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Steps:
+    """What a rounder of many tensors does with each."""
+
+    one_call: Any
+    before: Callable[[int, int, int, int], int]
+    """Rounds n numbers at an address to another, if there is a format to round to first; where they are."""
+
+
+def _steps(format: BlockFormat, first: Format | None) -> _Steps | None:
+    """None where there is no kernel for them."""
+    one_call = None if refuses(format.element, ()) else _one_call(format, torch.float32)
+    if one_call is None:
+        return None
+    if first is None:
+        return _Steps(one_call=one_call, before=lambda at, to, n, threads: at)
+    if not native.holds(torch.float32, first) or native.refuses_round(first, ()):
+        return None
+    grid = native.grid_of(first, Rounding.NEAREST, in_float64=False)
+    round_to = native.core().round_to
+
+    def before(at: int, to: int, n: int, threads: int) -> int:
+        round_to(at, _CARRIER, to, _CARRIER, False, n, grid, _NEAREST, 0, 0, 0, threads)
+        return to
+
+    return _Steps(one_call=one_call, before=before)
 
 
 def dequantize_into(out: Tensor, parts: Parts, format: BlockFormat, dim: int) -> None:

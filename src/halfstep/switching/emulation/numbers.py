@@ -81,6 +81,16 @@ _TURNS = {n: ((*range(2, n), 0, 1), (n - 2, n - 1, *range(n - 2))) for n in (3, 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+class _Tiles:
+    """Rounds convolutions' operands to a format of tiles, to nearest."""
+
+    __slots__ = ("kernels", "planes")
+
+    def __init__(self, format: BlockFormat, first: Format | None) -> None:
+        self.planes = ops.block_rounder(format, first, joined=True)
+        self.kernels = ops.kernel_rounder(format, first)
+
+
 class Numbers:
     """How the formats of one recipe round.
 
@@ -109,8 +119,8 @@ class Numbers:
         self._rows = ops.row_rounder(self._format)
         self.reads: dict[int, Callable[[Tensor, int, float], Tensor]] = {}
         """By role, and whether it is of the store format: how a dot product reads it; see `operand`."""
-        self._tiled: set[int] = set()
-        """The roles whose blocks span a second axis."""
+        self._tiled: dict[int, _Tiles] = {}
+        """Of the roles whose blocks span a second axis, and as `reads`."""
         for mark, role in _ROLES.items():
             format = self._operands.format(role)
             read = self._reader(role)
@@ -119,7 +129,8 @@ class Numbers:
             else:
                 self.reads[mark], self.reads[mark | LOW] = self._after_store(role, read), read
             if isinstance(format, BlockFormat) and format.rows > 1:
-                self._tiled.add(mark)
+                self._tiled[mark] = _Tiles(format, None if self.identity else self._format)
+                self._tiled[mark | LOW] = _Tiles(format, None)
 
     def _after_store(
         self, role: Role, read: Callable[[Tensor, int, float], Tensor]
@@ -184,19 +195,29 @@ class Numbers:
 
     def plane(self, t: Tensor, marks: int, dim: int, scale: float = 1.0) -> Tensor:
         """As `operand`, of a convolution's (N, C, *positions): its axes after ``dim`` are one to a tile."""
-        read = self.reads[marks & (ROLES | LOW)]
-        if marks & ROLES not in self._tiled:
-            return read(t, dim, scale)
-        return read(t.flatten(dim + 1), dim, scale).view_as(t)
+        key = marks & (ROLES | LOW)
+        tiles = self._tiled.get(key)
+        if tiles is None:
+            return self.reads[key](t, dim, scale)
+        if scale == 1.0 and self._to_nearest(marks, t):
+            return tiles.planes(t, dim)
+        return self.reads[key](t.flatten(dim + 1), dim, scale).view_as(t)
 
     def kernel(self, t: Tensor, marks: int, dim: int, scale: float = 1.0) -> Tensor:
         """As `operand`, of a convolution's weight: tiles span its first two axes, ``dim`` is one of them."""
-        read = self.reads[marks & (ROLES | LOW)]
-        if marks & ROLES not in self._tiled:
-            return read(t, dim, scale)
+        key = marks & (ROLES | LOW)
+        tiles = self._tiled.get(key)
+        if tiles is None:
+            return self.reads[key](t, dim, scale)
+        if scale == 1.0 and self._to_nearest(marks, t):
+            return tiles.kernels(t, dim)
         there, back = _TURNS[t.dim()]
         turned = t.permute(there).contiguous()
-        return read(turned, dim - 2, scale).permute(back)
+        return self.reads[key](turned, dim - 2, scale).permute(back)
+
+    def _to_nearest(self, marks: int, t: Tensor) -> bool:
+        """True where ``t`` is rounded without random bits and without a wider carrier."""
+        return t.dtype is torch.float32 and not self._operands.is_stochastic(_ROLES[marks & ROLES])
 
     @property
     def gradient_is_stored(self) -> bool:
