@@ -4,10 +4,12 @@ Forward and backward have the same rounding points. Where both add in the same o
 for bit; the exceptions say why, and have the bound of their one difference.
 """
 
+import contextlib
 import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import halfstep
@@ -219,3 +221,51 @@ def test_a_large_recurrent_layer_is_the_switchs_bit_for_bit(kind):
     for a, b in zip(wanted[1], got[1], strict=True):
         assert torch.equal(a, b)
     assert "in no list" not in got[2]
+
+
+# What is between two layers: operations that torch's lists put into another class than "dot product", matrix
+# algebra whose backward is made of products, single numbers in a backward, padding on one side.
+BETWEEN = {
+    "cdist": lambda model, h: torch.cdist(h, h),
+    "bilinear": lambda model, h: F.bilinear(h, h, model.square[None]).expand(6, 6),
+    "dot": lambda model, h: torch.dot(h[0], h[1]) * h,
+    "inverse": lambda model, h: h @ torch.linalg.inv(model.square + 3 * torch.eye(6)),
+    "logcumsumexp": lambda model, h: h.logcumsumexp(1),
+    "over a single number": lambda model, h: h / (h.std() + 1e-3),
+    "same": lambda model, h: F.conv1d(
+        h.view(6, 2, 3), model.square[:4].view(2, 2, -1)[..., :2], padding="same"
+    ).reshape(6, 6),
+}
+
+
+class Between(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.square = nn.Parameter(torch.randn(6, 6) * 0.3)
+        self.name = name
+
+    def forward(self, x):
+        return self.last(BETWEEN[self.name](self, self.first(x)))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("recipe", ["fp16", "bf16", "mxfp8"])
+@pytest.mark.parametrize("name", BETWEEN)
+def test_between_two_layers_both_round_at_the_same_points(name, recipe):
+    x = torch.randn(6, 6, generator=torch.Generator().manual_seed(4))
+    found = []
+    for emulated in (False, True):
+        model = Between(name)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if not emulated:
+            halfstep.switch(model, optimizer, recipe)
+        with halfstep.emulate(recipe) if emulated else contextlib.nullcontext():
+            (model(x).float().square().mean() * 1e-3).backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append(torch.cat(grads))
+    # A few roundings of the store format more or less: a single number is wide in an emulation.
+    bound = 2 * UNIT[{"mxfp8": "bf16"}.get(recipe, recipe)]
+    assert found[0].isfinite().all()
+    assert (found[0] - found[1]).norm() <= bound * found[0].norm()

@@ -268,3 +268,84 @@ def test_what_is_left_to_torch_can_be_edited_too():
     loss = torch.nn.functional.mse_loss
     assert in_region("fp16", lambda: loss(x, y)).dtype == torch.float32
     assert in_region("fp16:policy=amp/mse_loss-own", lambda: loss(x, y)).dtype == torch.float16
+
+
+# Operations of which torch has no 16-bit kernels, or that refuse to narrow.
+FP32_ONLY = {
+    "pinv": torch.linalg.pinv,
+    "matrix_rank": lambda h: h * torch.linalg.matrix_rank(h),
+    "vander": lambda h: torch.linalg.vander(h[0]),
+    "complex": lambda h: torch.complex(h, h).abs(),
+    "erfcx": torch.special.erfcx,
+    "i1": torch.special.i1,
+    "zeta": lambda h: h * torch.special.zeta(h.detach().abs() + 2.0, 1.5),
+    "hermite": lambda h: h * torch.special.hermite_polynomial_h(h.detach(), 2),
+    "hfft2": torch.fft.hfft2,
+    "rrelu": lambda h: torch.nn.functional.rrelu(h, training=True),
+    "vector_norm": lambda h: torch.linalg.vector_norm(h, dim=1, dtype=h.dtype),
+    "norm": lambda h: torch.norm(h, dim=1, dtype=h.dtype),
+    "logcumsumexp": lambda h: h.logcumsumexp(1),
+    "sparse": lambda h: torch.sparse.mm(torch.eye(4).to_sparse(), h),
+    "sparse @": lambda h: torch.eye(4).to_sparse() @ h,
+    "csr": lambda h: torch.sparse.mm(torch.eye(4).to_sparse_csr(), h),
+    "no sum": lambda h: h.sum(1, keepdim=True) + h[:, :0] @ h[:, :0].t(),
+}
+
+
+class Through(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(2)
+        self.first = nn.Linear(4, 4)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.first(x))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("recipe", ["fp16", "bf16", "fp8"])
+@pytest.mark.parametrize("name", FP32_ONLY)
+def test_what_16_bits_have_no_kernel_for_is_computed_in_fp32(name, recipe):
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(3))
+    found = []
+    for switched in (False, True):
+        model = Through(FP32_ONLY[name])
+        if switched:
+            on(model, recipe)
+        torch.manual_seed(5)
+        out = model(x).float()
+        (out * 1e-3).mean().backward()
+        found.append((out.detach(), model.first.weight.grad))
+    for wide, low in zip(*found, strict=True):
+        assert torch.nn.functional.cosine_similarity(wide.flatten(), low.flatten(), 0) > 0.97
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "bf16"])
+def test_transforms_of_torch_func_inside_a_model(recipe):
+    def per_row(model, h):
+        return torch.vmap(lambda row: torch.tanh(model.first(row)))(h)
+
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(3))
+    plain, switched = Through(None), Through(None)
+    switched.function = lambda h: per_row(switched, h)
+    on(switched, recipe)
+    switched(x).square().mean().backward()
+    per_row(plain, plain.first(x)).square().mean().backward()
+    mine, other = switched.first.weight.grad, plain.first.weight.grad
+    assert (mine - other).norm() < 0.02 * other.norm()
+
+
+def test_transforms_of_torch_func_are_refused_where_operands_are_rounded_by_role():
+    model = Through(lambda h: torch.func.jacrev(lambda t: t @ t)(h))
+    on(model, "fp8")
+    with pytest.raises(SwitchError, match="under a transform of"):
+        model(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "fp8", "mxfp8"])
+def test_an_empty_batch_goes_through(recipe):
+    model = Through(torch.nn.Identity())
+    on(model, recipe)
+    model(torch.zeros(0, 4)).sum().backward()
+    assert model.first.weight.grad.count_nonzero() == 0

@@ -440,7 +440,9 @@ def _check_out(out: object, x: Tensor, wants_grad: bool) -> None:
             f"round_blocks: out is {out.dtype} {tuple(out.shape)} on {out.device} ({out.layout}); "
             f"it must be as x: {x.dtype} {tuple(x.shape)} on {x.device} ({x.layout})"
         )
-    if any(s == 0 and size > 1 for s, size in zip(out.stride(), out.shape, strict=True)):
+    if not out.is_contiguous() and any(
+        s == 0 and size > 1 for s, size in zip(out.stride(), out.shape, strict=True)
+    ):
         raise OperandError(
             f"round_blocks: out has stride {out.stride()}: several elements share one place, "
             "as after expand(); pass out.contiguous() or no out"

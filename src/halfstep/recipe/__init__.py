@@ -1,6 +1,13 @@
 """Where which number is used: recipes as frozen data, op policies, their catalogues and text forms."""
 
-from halfstep.recipe.below_autograd import SEEN_BY_PARTS, WIDE_OUTPUTS, Traits, Treatment, treatment
+from halfstep.recipe.below_autograd import (
+    SEEN_BY_PARTS,
+    WIDE_OUTPUTS,
+    Traits,
+    Treatment,
+    is_wide_node,
+    treatment,
+)
 from halfstep.recipe.catalogue import recipes
 from halfstep.recipe.exceptions import Keep
 from halfstep.recipe.loss_scaling import LossScaling, ScalingKind
@@ -20,6 +27,7 @@ __all__ = [
     "Traits",
     "Treatment",
     "Update",
+    "is_wide_node",
     "policies",
     "recipes",
     "treatment",

@@ -14,7 +14,7 @@ from functools import cache
 
 from halfstep.recipe.op_policy import OpClass, OpPolicy
 
-__all__ = ["SEEN_BY_PARTS", "WIDE_OUTPUTS", "Traits", "Treatment", "treatment"]
+__all__ = ["SEEN_BY_PARTS", "WIDE_OUTPUTS", "Traits", "Treatment", "is_wide_node", "treatment"]
 
 
 class Treatment(Enum):
@@ -111,7 +111,7 @@ _DOTS = """
     slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d slow_conv_transpose2d slow_conv_transpose3d
     conv_tbc convolution_backward linear_backward matmul_backward mkldnn_linear mkldnn_linear_backward
     mkldnn_linear_backward_input mkldnn_linear_backward_weights _grouped_mm _trilinear linalg_vecdot
-    _euclidean_dist _cdist_forward bilinear einsum tensordot
+    bilinear einsum tensordot
 """
 
 _NORMS = """
@@ -138,8 +138,6 @@ _PART_OF = {
     "native_group_norm_backward": "group_norm",
     "_weight_norm_interface": "layer_norm",
     "_weight_norm_interface_backward": "layer_norm",
-    "_logcumsumexp": "cumsum",
-    "logcumsumexp": "cumsum",
     "_ctc_loss": "nll_loss",
     "_ctc_loss_backward": "nll_loss",
     "nll_loss_forward": "nll_loss",
@@ -149,6 +147,10 @@ _PART_OF = {
     "binary_cross_entropy": "nll_loss",
     "binary_cross_entropy_backward": "nll_loss",
     "multilabel_margin_loss_forward": "multilabel_margin_loss",
+    "_logcumsumexp": "logcumsumexp",
+    "_cdist_forward": "cdist",
+    "_euclidean_dist": "cdist",
+    "_trilinear": "bilinear",
     "_pdist_forward": "pdist",
     "_pdist_backward": "pdist",
     "_cdist_backward": "cdist",
@@ -257,7 +259,7 @@ def treatment(policy: OpPolicy, name: str, overload: str, traits: Traits) -> Tre
     edited = _class_of(policy, base, overload)
     if edited is OpClass.WIDE or (edited is not None and known is None):
         return _BY_CLASS[edited]
-    if known is Treatment.DOT and edited is OpClass.OWN:
+    if known is Treatment.DOT and edited in (OpClass.OWN, OpClass.WIDEST):
         return Treatment.OWN
     if traits.random:
         return Treatment.RANDOM
@@ -272,6 +274,13 @@ def treatment(policy: OpPolicy, name: str, overload: str, traits: Traits) -> Tre
     if traits.pointwise or edited is OpClass.OWN or base != name.removesuffix("_"):
         return Treatment.OWN
     return Treatment.UNKNOWN
+
+
+def is_wide_node(policy: OpPolicy, name: str) -> bool:
+    """True for the autograd node (``LinalgInvExBackward0``) of what ``policy`` computes in FP32."""
+    camel = name.partition("Backward")[0]
+    base = "".join(f"_{c.lower()}" if c.isupper() else c for c in camel).removeprefix("_")
+    return _class_of(policy, base, "default") is OpClass.WIDE
 
 
 _BY_CLASS = {

@@ -20,7 +20,7 @@ _WIDE = """
     acos asin cosh erfinv exp expm1 log log10 log1p log2 reciprocal rsqrt sinh tan
     pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor softplus
     layer_norm native_layer_norm group_norm rms_norm cosine_similarity
-    cumprod cumsum dist pdist cdist renorm logsumexp softmax.int log_softmax.int
+    cumprod cumsum logcumsumexp dist pdist cdist renorm logsumexp softmax.int log_softmax.int
     sum sum.dim_IntList prod prod.dim_int
     norm.Scalar norm.ScalarOpt_dim nuclear_norm nuclear_norm.dim frobenius_norm.dim
     linalg_vector_norm linalg_matrix_norm linalg_matrix_norm.str_ord
@@ -39,9 +39,34 @@ _WIDE_ALGEBRA = """
     linalg_lu_factor linalg_lu_solve linalg_matrix_exp linalg_matrix_rank linalg_pinv linalg_qr
     linalg_slogdet linalg_solve linalg_solve_triangular linalg_svd linalg_svdvals linalg_tensorinv
     linalg_tensorsolve
+    linalg_pinv.atol_rtol_float linalg_pinv.atol_rtol_tensor linalg_pinv.rcond_tensor
+    linalg_matrix_rank.atol_rtol_float linalg_matrix_rank.atol_rtol_tensor linalg_matrix_rank.tol_tensor
+    linalg_ldl_factor linalg_ldl_factor_ex linalg_ldl_solve linalg_lu_factor_ex linalg_solve_ex linalg_vander
+    complex fft_hfft2 fft_hfftn fft_ihfft2 fft_ihfftn
+    _sparse_mm _sparse_mm.reduce sparse_sampled_addmm
     fft_fft fft_fft2 fft_fftn fft_hfft fft_ifft fft_ifft2 fft_ifftn fft_ihfft fft_irfft fft_irfft2
     fft_irfftn fft_rfft fft_rfft2 fft_rfftn
 """
+
+# No 16-bit kernels on any device, forward or backward.
+_SPECIAL = """
+    airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 erfcx i1 i1e log_ndtr modified_bessel_i0
+    modified_bessel_i1 modified_bessel_k0 modified_bessel_k1 ndtri scaled_modified_bessel_k0
+    scaled_modified_bessel_k1 spherical_bessel_j0 zeta zeta.self_scalar zeta.other_scalar
+"""
+_POLYNOMIALS = """
+    chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v chebyshev_polynomial_w
+    shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u shifted_chebyshev_polynomial_v
+    shifted_chebyshev_polynomial_w hermite_polynomial_h hermite_polynomial_he laguerre_polynomial_l
+    legendre_polynomial_p
+"""
+_SPECIAL_FUNCTIONS = " ".join(
+    f"special_{name}"
+    for name in (
+        *_SPECIAL.split(),
+        *(f"{p}{n}" for p in _POLYNOMIALS.split() for n in ("", ".x_scalar", ".n_scalar")),
+    )
+)
 
 # As above, where torch does it itself on every device.
 _LOSSES = """
@@ -81,7 +106,7 @@ _TABLE = {
     OpClass.DOT: _DOTS,
     OpClass.DOTS: _COMPOSITE_DOTS,
     OpClass.RECURRENT: _RECURRENT,
-    OpClass.WIDE: _WIDE + _WIDE_ALGEBRA + _LOSSES,
+    OpClass.WIDE: _WIDE + _WIDE_ALGEBRA + _SPECIAL_FUNCTIONS + _LOSSES,
     OpClass.MIXED: "batch_norm instance_norm",
     OpClass.INTO: _INTO,
     OpClass.WIDEST: _PROMOTED,

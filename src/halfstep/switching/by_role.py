@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -80,8 +81,9 @@ def _convolved(
     dims = weight.dim() - 2
     batched = x if x.dim() == dims + 2 else x.unsqueeze(0)
     site = emulator.site(weight)
-    geometry = _geometry(name, args, dims)
-    if geometry is not None and emulator.accumulate == FP32_SUMS:
+    if emulator.accumulate == FP32_SUMS:
+        batched = _evened(name, batched, args, dims)
+        geometry = _geometry(name, args, dims)
         out: Any = _Convolved.apply(batched, weight, emulator, site, geometry)
     else:
         # One graph for all three products: blocks lie along the channels in each.
@@ -99,12 +101,22 @@ def _convolved(
     return out if x.dim() == dims + 2 else out.squeeze(0)
 
 
+def _evened(name: str, x: Tensor, args: tuple[Any, ...], dims: int) -> Tensor:
+    """A convolution's input; with ``padding="same"`` one zero more behind an odd span, as torch has it."""
+    if "transpose" in name or len(args) < 5 or args[4] != "same":
+        return x
+    dilation = list(args[5]) if len(args) > 5 else [1]
+    dilation = dilation * dims if len(dilation) == 1 else dilation
+    odd = [d * (k - 1) % 2 for d, k in zip(dilation, args[1].shape[2:], strict=True)]
+    return F.pad(x, [n for more in reversed(odd) for n in (0, more)]) if any(odd) else x
+
+
 # stride, padding, dilation, transposed, output padding, groups: as aten::convolution takes them
 _Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 
 
-def _geometry(name: str, args: tuple[Any, ...], dims: int) -> _Geometry | None:
-    """How a convolution lies; None where its padding is no number that is the same at both ends."""
+def _geometry(name: str, args: tuple[Any, ...], dims: int) -> _Geometry:
+    """How a convolution lies; one with ``padding="same"`` after `_evened`."""
     rest = list(args[3:])
 
     def sizes(k: int, default: int) -> Any:
@@ -126,9 +138,7 @@ def _geometry(name: str, args: tuple[Any, ...], dims: int) -> _Geometry | None:
         padding = [0] * dims
     elif padding == "same":
         spans = [d * (k - 1) for d, k in zip(dilation, args[1].shape[2:], strict=True)]
-        if any(span % 2 for span in spans):
-            return None
-        padding = [span // 2 for span in spans]
+        padding = [span // 2 for span in spans]  # an odd span is padded before: see `_evened`
     return stride, padding, dilation, False, [0] * dims, groups(3)
 
 

@@ -16,8 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import (  # pyright: ignore[reportMissingModuleSource]
+    peek_interpreter_stack,
+)
 from torch.library import Library
 
+from halfstep.errors import SwitchError
 from halfstep.recipe import OpClass, OpPolicy, policies
 from halfstep.recipe.policies import LOSSES
 from halfstep.switching.by_role import dot_by_role
@@ -37,6 +41,8 @@ _CASTABLE = (*NARROW, torch.float32)
 
 # Those of the FP32 class whose own 16-bit kernels compute in FP32: nothing to cast where 16 bits are written.
 _WIDE_INSIDE = frozenset(("layer_norm", "group_norm", "softmax", "log_softmax"))
+# Of class "own", but torch has no FP16 kernel for CPUs.
+_NO_HALF = frozenset(("rrelu",))
 _ATTENTION = "scaled_dot_product_attention"
 
 _lock = threading.Lock()
@@ -125,6 +131,7 @@ def _names_of(layer: str, theirs: frozenset[str]) -> list[str]:
         *amp.names(OpClass.INTO),
         *missing(amp.names(OpClass.WIDEST)),
         *amp.names(OpClass.RECURRENT),
+        *_NO_HALF,
     ]
 
 
@@ -218,6 +225,10 @@ def _wide(below: Below) -> _Kernel:
         if narrow and computes_wide:
             return below.whole(args, kwargs)
         args, kwargs = cast_all(args, kwargs, widen)
+        # A dtype that the program asks for: some kernels refuse to narrow.
+        asked = kwargs.get("dtype")
+        if asked in NARROW and asked is not None:
+            return below.whole(args, kwargs | {"dtype": torch.float32}).to(asked)
         out = below.whole(args, kwargs)
         if narrow and isinstance(out, Tensor) and out.dim() and out.dtype == torch.float32:
             return out.to(low)
@@ -233,6 +244,12 @@ def _is_ours(t: object) -> bool:
 def _dot(below: Below) -> _Kernel:
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         emulator = region.emulator
+        if any(isinstance(t, Tensor) and t.layout is not torch.strided for t in args):
+            args, kwargs = cast_all(args, kwargs, emulator.operand)
+            return emulator.store(below.whole(args, kwargs))
+        emulates = region.plan.emulate_dots or region.roled is not None
+        if emulates and peek_interpreter_stack() is not None:
+            return _transformed(region, below, args, kwargs)
         if region.roled is not None and not region.keeps(*args) and _is_ours(args[0]):
             with below.shut():
                 return dot_by_role(region.roled, below.op, args, kwargs)
@@ -252,6 +269,20 @@ def _dot(below: Below) -> _Kernel:
             return dot(emulator, below.op, args, kwargs, carried)
 
     return kernel
+
+
+def _transformed(
+    region: Region, below: Below, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A dot product under torch.vmap, torch.func.grad and the like: casts and torch's kernel."""
+    recipe = region.plan.recipe
+    if recipe.reads_by_role or not recipe.adds_in_fp32:
+        raise SwitchError(
+            f"{below.op} under a transform of torch.func (vmap, grad, jacrev) in recipe {recipe}: "
+            "only operands in the store format, and sums in FP32, are known there; use bf16 or fp16"
+        )
+    args, kwargs = cast_all(args, kwargs, region.emulator.operand)
+    return region.emulator.store(below.whole(args, kwargs))
 
 
 def _mixed(below: Below) -> _Kernel:
@@ -288,13 +319,18 @@ def _parts(below: Below) -> _Kernel:
 
 
 def _promoted(below: Below) -> _Kernel:
+    # Made of a matrix product, which is to follow the policy; inside the others nothing is.
+    is_made_of_products = below.op._schema.name == "aten::tensordot"
+
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         seen: list[Tensor] = []
         cast_all(args, kwargs, lambda t: seen.append(t) or t)
         if any(t.dtype == torch.float32 for t in seen):
             args, kwargs = cast_all(args, kwargs, widen)
             return below.whole(args, kwargs)
-        return below.parts(keys, args, kwargs)
+        if is_made_of_products:
+            return below.parts(keys, args, kwargs)
+        return below.whole(args, kwargs)
 
     return kernel
 
@@ -326,7 +362,11 @@ def _recurrent(below: Below) -> _Kernel:
 
 
 def _own(below: Below) -> _Kernel:
+    by_way_of_fp32 = below.op._schema.name.removeprefix("aten::") in _NO_HALF
+
     def kernel(region: Region, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if by_way_of_fp32 and args[0].dtype == torch.float16:
+            return below.whole((args[0].float(), *args[1:]), kwargs).to(torch.float16)
         return below.whole(args, kwargs)
 
     return kernel

@@ -9,6 +9,7 @@ There are three products in a linear layer, and each is a `rows` of the others' 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +125,7 @@ def rows(a: Tensor, b: Tensor, bias: Tensor | None, emulator: Emulator) -> Tenso
 
     The batch of ``a`` is folded into its rows, so that the gradient of ``b`` is one dot product over it.
     """
-    flat = a.reshape(-1, a.size(-1))
+    flat = a.reshape(math.prod(a.shape[:-1]), a.size(-1))
     out: Any = _Rows.apply(flat, b, bias, emulator)
     return out.view(*a.shape[:-1], b.size(0))
 

@@ -15,6 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import (  # pyright: ignore[reportMissingModuleSource]
+    is_functorch_wrapped_tensor,
+    peek_interpreter_stack,
+)
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from halfstep.errors import SwitchError
@@ -203,6 +208,11 @@ class Region:
         copy = self._copies.get(index)
         if copy is not None:
             return copy
+        if peek_interpreter_stack() is not None and not is_functorch_wrapped_tensor(master):
+            with (
+                temporarily_clear_interpreter_stack()
+            ):  # first read inside of a torch.vmap: made outside of it
+                return self.lower(master, owner, key)
         if not (torch.is_grad_enabled() and master.requires_grad):
             # Made without a graph: never to be handed to a reader that wants a gradient; and one made
             # in inference mode never to a reader outside of it.

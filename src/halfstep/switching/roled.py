@@ -13,6 +13,7 @@ that it can be differentiated again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -220,7 +221,7 @@ class RoledEmulator(Emulator):
         site = self.site(a, b)
         spec = Spec(emulator=self, roles=(self.role_of(a), self.role_of(b)), site=site, wide=wide)
         if b.dim() == 2:
-            out: Any = _Dot.apply(a.reshape(-1, a.size(-1)), b, None, spec)
+            out: Any = _Dot.apply(a.reshape(math.prod(a.shape[:-1]), a.size(-1)), b, None, spec)
             return out.view(*a.shape[:-1], b.size(-1))
         batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         return _Dot.apply(
@@ -235,7 +236,9 @@ class RoledEmulator(Emulator):
         spec = Spec(emulator=self, roles=(role, Role.WEIGHT), site=self.site(weight))
         if weight.dim() == 1:
             return self.linear(x, weight.unsqueeze(0), bias).squeeze(-1)
-        out: Any = _Dot.apply(x.reshape(-1, x.size(-1)), weight.t(), bias, spec)
+        out: Any = _Dot.apply(
+            x.reshape(math.prod(x.shape[:-1]), x.size(-1)), weight.t(), bias, spec
+        )
         return out.view(*x.shape[:-1], weight.size(0))
 
     def along(self, dim: int, tensors: list[Tensor], op: Callable[..., Tensor]) -> Tensor:

@@ -51,6 +51,7 @@ class Call:
         "node",
         "role",
         "scale",
+        "singles",
         "zero_dim",
     )
 
@@ -69,6 +70,8 @@ class Call:
         """Their marks, by id."""
         self.zero_dim = False
         """A carrier is a single number."""
+        self.singles: list[Tensor] = []
+        """Those that are."""
         self.has_numbers = False
         """A Python float is among the arguments."""
         sparse = False
@@ -81,6 +84,7 @@ class Call:
                         self.floats.append(value)
                     else:
                         self.zero_dim = True
+                        self.singles.append(value)
             elif type(value) is list and value and type(value[0]) is not int:
                 for t in value:
                     if isinstance(t, Tensor) and t.dtype in CARRIERS:
@@ -90,6 +94,7 @@ class Call:
                             self.floats.append(t)
                         else:
                             self.zero_dim = True
+                            self.singles.append(t)
             elif type(value) is float:
                 self.has_numbers = self.has_numbers or value != 0.0
             elif type(value) is int and not isinstance(value, bool):
@@ -119,8 +124,12 @@ class Call:
             low = low and self._is_low(marks)
             if not (backward or mode.stores_all):
                 mode.remember(t, marks)
+        if not backward:
+            for t in self.singles:
+                mode.marks.note_single(t)
+        elif self.singles and not all(mode.marks.is_of_forward(t) for t in self.singles):
+            role = GRADIENT
         if backward:
-            role = GRADIENT if self.zero_dim else role
             low = mode.is_low_node(self.node)
             if self.it.op is _ADD and len(self.floats) == 2 and not mode.stores_all:
                 low = marked  # gradients that meet at a tensor with several readers
@@ -153,6 +162,14 @@ class Call:
         if marks & WEIGHT and self.mode.masters_wide:
             return bool(marks & LOW)
         return self._is_low(marks)
+
+    def pass_on(self, out: Any) -> None:
+        """What is made of single numbers of the forward alone is one, too."""
+        if not isinstance(out, Tensor) or out.dim() or out.dtype not in CARRIERS:
+            return
+        marks = self.mode.marks
+        if self.node is None or all(map(marks.is_of_forward, self.singles)):
+            marks.note_single(out)
 
     # -- operands -----------------------------------------------------------------------------------
 
@@ -318,6 +335,8 @@ class Call:
         if not isinstance(t, Tensor) or t.dtype not in CARRIERS:
             return t
         if not t.dim() or t.layout is not torch.strided:
+            if self.role != GRADIENT:
+                self.mode.marks.note_single(t)
             return t if wanted is None else to(t, wanted)
         if low and rounds:
             t = self.mode.numbers.stored(t, self.scale)

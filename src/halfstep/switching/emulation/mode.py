@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from halfstep.format import Accumulator
-from halfstep.recipe import Recipe, Treatment
+from halfstep.recipe import Recipe, Treatment, is_wide_node
 from halfstep.switching.emulation.call import NO_KERNEL, Call
 from halfstep.switching.emulation.numbers import (
     ACTIVATION,
@@ -75,6 +75,7 @@ class EmulationMode(TorchDispatchMode):
         self.numbers = Numbers(recipe)
         self.accumulate = FP32_SUMS if accumulate == FP32_SUMS else accumulate
         self.operations: dict[int, Operation] = {}
+        self._wide_nodes: dict[str, bool] = {}
         self.is_paused: Callable[[], bool] = bool
         """True where operations run as they are: the optimizer's, where it is FP32."""
         self.scale: Callable[[], float] = lambda: 1.0
@@ -111,9 +112,7 @@ class EmulationMode(TorchDispatchMode):
         it.count += 1
         for t in types:
             if t not in _PLAIN:
-                return (
-                    NotImplemented  # a subclass takes itself apart; what it is made of comes here
-                )
+                return NotImplemented  # a subclass takes itself apart; its parts come here
         kind = it.kind
         if self._identity:
             return func(*args, **kwargs)
@@ -131,7 +130,9 @@ class EmulationMode(TorchDispatchMode):
                 return func(*args, **kwargs)
             if torch.is_grad_enabled() and not self.creates_graph():
                 node = None  # a forward that runs again inside a backward: checkpointing
-        if it.is_dot and not kwargs:
+        if it.is_dot and node is not None and self._is_wide_node(name):
+            kind = Treatment.WIDE
+        elif it.is_dot and not kwargs:
             product = _PRODUCTS.get(it.text)
             made = product(self, args, node is not None) if product else None
             if made is not None:
@@ -142,6 +143,8 @@ class EmulationMode(TorchDispatchMode):
             beside = call.zero_dim and self.stores_all and kind is not Treatment.MAKE
             if beside and isinstance(out, Tensor) and out.dtype in CARRIERS:
                 self.set_marks(out, ACTIVATION | WIDE)  # single numbers, side by side
+            if call.singles and kind is not Treatment.MAKE:
+                call.pass_on(out)
             return out
         return _HANDLERS[kind](self, call)
 
@@ -151,6 +154,12 @@ class EmulationMode(TorchDispatchMode):
         if it is None:
             it = self.operations[id(func)] = Operation(func, self.recipe.policy)
         return it
+
+    def _is_wide_node(self, name: str) -> bool:
+        """True in the backward of an operation that computes in FP32: of a matrix inverse, it is products."""
+        if name not in self._wide_nodes:
+            self._wide_nodes[name] = not self._plain and is_wide_node(self.recipe.policy, name)
+        return self._wide_nodes[name]
 
     def _accumulate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Gradients of leaves are FP32, as the masters are."""

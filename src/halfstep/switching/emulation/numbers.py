@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfstep import ops
 from halfstep.format import BlockFormat, Format
@@ -58,6 +58,15 @@ class Marks:
     def set(self, t: Tensor, marks: int) -> None:
         """Mark its storage, in place of what it was marked with."""
         t.untyped_storage()._halfstep_mark = self._owner | marks  # pyright: ignore[reportAttributeAccessIssue]
+
+    def note_single(self, t: Tensor) -> None:
+        """Note that a single number is of the forward: with it alone a backward has no gradient."""
+        if t.layout is torch.strided and not self.of(t) & ROLES:
+            self.set(t, ACTIVATION | WIDE)
+
+    def is_of_forward(self, t: Tensor) -> bool:
+        """True for a single number that is known to be no gradient."""
+        return isinstance(t, nn.Parameter) or bool(self.of(t) & (ACTIVATION | WEIGHT))
 
 
 # torch's own: the program's ``Tensor.to`` and ``float`` are looked at (`surroundings.patch_float`).
