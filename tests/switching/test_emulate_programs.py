@@ -258,3 +258,15 @@ def test_a_loss_made_of_gradients_that_the_scale_made_inf_lowers_the_scale():
     assert emulation.last_step.applied
     assert 1 <= emulation.summary().skipped_steps < 6
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("recipe", ["fp16-naive", "fp16-noscale", "bf16", "fp8"])
+def test_steps_are_counted_in_every_recipe(recipe):
+    model = nn.Linear(3, 2)
+    with halfstep.emulate(recipe) as emulation:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            model(torch.ones(2, 3)).mean().backward()
+            optimizer.step()
+    assert emulation.summary().steps == 3
+    assert "3 steps, 0 skipped, loss scale 1" in str(emulation.summary())

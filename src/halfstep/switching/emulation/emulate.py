@@ -310,6 +310,8 @@ class Emulation(contextlib.ContextDecorator):
         return args, {**kwargs, "closure": emulated}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self.guarded and _local.active and _local.active[-1] is self:
+            self.ledger.steps += 1  # none is looked at, and none skipped
         if _local.steps and _local.steps[-1] is sys._getframe(1):
             _local.steps.pop()
 

@@ -19,7 +19,7 @@ class EmulationSummary:
     operations: dict[str, dict[str, int]]
     """class -> operation -> how often."""
     steps: int
-    """Steps of optimizers that were looked at."""
+    """Steps of optimizers."""
     skipped_steps: int
     loss_scales: tuple[float, float]
     """The least and the greatest of the steps; 1 and 1 where there was none."""
