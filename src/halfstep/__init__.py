@@ -52,6 +52,9 @@ _PUBLIC: dict[str, str] = {
     "switch": "halfstep.switching",
 }
 
+# packages that documents and errors name in full: halfstep.ops.round_blocks, halfstep.errors.OperandError
+_PACKAGES = ("diagnosis", "errors", "format", "ops", "recipe", "study", "switching")
+
 __all__ = sorted(["__version__", *_PUBLIC])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
@@ -60,6 +63,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_PUBLIC[name]), name)
         globals()[name] = value
         return value
+    if name in _PACKAGES:
+        return importlib.import_module(f"halfstep.{name}")
     raise AttributeError(f"module 'halfstep' has no attribute {name!r}")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,13 @@ def test_what_type_checkers_see_is_what_there_is():
         for alias in node.names
     }
     assert imports == halfstep._PUBLIC
+
+
+@pytest.mark.parametrize("name", halfstep._PACKAGES)
+def test_packages_need_no_import_of_their_own(name: str):
+    code = f"import halfstep; print(halfstep.{name}.__name__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == f"halfstep.{name}"
 
 
 def test_unknown_attribute_is_an_attribute_error():

@@ -137,6 +137,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
         BlockTensor.load(tmp_path / "text")
     with pytest.raises(halfstep.errors.OperandError, match=r"dtype torch.int8; allowed"):
         b.dequantize(torch.int8)
+    with pytest.raises(OperandError, match=r"BlockTensor.to: torch.float16; allowed: a device"):
+        b.to(torch.float16)  # type: ignore[arg-type]
     with pytest.raises(halfstep.errors.OperandError, match=r"out is \(5, 71\) on cpu; wanted"):
         b.dequantize(out=torch.empty(5, 71))
 

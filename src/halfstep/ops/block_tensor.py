@@ -167,7 +167,11 @@ class BlockTensor:
         return replace(self, _edge=torch.empty(0))
 
     def to(self, device: torch.device | str) -> BlockTensor:
-        """A copy on that device; itself if it is there."""
+        """A copy on that device; itself if it is there. Raises `OperandError` for what is no device."""
+        if not isinstance(device, torch.device | str):
+            raise OperandError(
+                f"BlockTensor.to: {device!r}; allowed: a device; dequantize(dtype) gives numbers"
+            )
         if torch.device(device) == self.device:
             return self
         parts = {name: getattr(self, name).to(device) for name in _PARTS}

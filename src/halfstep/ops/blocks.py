@@ -61,7 +61,7 @@ def quantize_blocks(
         scale = format.rule(amax), in format.scale             # 2^(floor(log2 amax) - E) in MX
         element = round(x / (scale * tensor_scale)), saturating    # tensor_scale is 1 but in nvfp4
 
-    nvfp4: tensor_scale = amax of the whole tensor / (6 * 448) as float32, and
+    nvfp4: tensor_scale = amax of the whole tensor / (6 * 448) as float32, at least 2^-126, and
     scale = amax / 6 / tensor_scale rounded to nearest in e4m3fn.
 
     - A block with NaN or infinity has the scale NaN, and so is NaN all along; its element codes are
