@@ -453,3 +453,18 @@ def test_a_first_step_whose_closure_finds_the_model_is_guarded_like_the_others(l
     assert losses[-1] < losses[0]
     (run,) = launcher.summary().models
     assert run.skipped > 0
+
+
+def test_a_failing_step_that_is_run_again_is_no_backward_pass_of_the_script(launch):
+    launcher = launch("fp16")
+    model = net()
+    optimizer = sgd(model)
+    for _ in range(
+        5
+    ):  # the fourth overflow in a row is run again, to see whether the scale is to blame
+        optimizer.zero_grad()
+        (model(torch.ones(2, 4)).sum() * 2e4).backward()
+        optimizer.step()
+    summary = launcher.summary()
+    assert summary.models[0].skipped >= 4
+    assert summary.backwards == 5

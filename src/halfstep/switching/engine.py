@@ -5,9 +5,10 @@ Installed while a switch is on, taken away with the last one.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd.function import FunctionCtx
 from halfstep.switching import module_hooks
 from halfstep.switching.region import reopening
 
-__all__ = ["install", "roots"]
+__all__ = ["install", "roots", "unnoticed"]
 
 _lock = threading.Lock()
 _users = 0
@@ -68,6 +69,16 @@ def install(listener: Listener) -> Callable[[], None]:
     return uninstall
 
 
+@contextlib.contextmanager
+def unnoticed() -> Iterator[None]:
+    """Backwards on this thread are none of the program's: no listener is told of them."""
+    before, _local.unnoticed = getattr(_local, "unnoticed", False), True
+    try:
+        yield
+    finally:
+        _local.unnoticed = before
+
+
 def _patch_engine() -> Callable[[], None]:
     original = torch.autograd._engine_run_backward  # pyright: ignore[reportPrivateImportUsage]
 
@@ -78,7 +89,7 @@ def _patch_engine() -> Callable[[], None]:
         before = getattr(_local, "roots", None)
         _latest = _local.roots = tuple(t for t in tensors if isinstance(t, Tensor))
         try:
-            for weak in tuple(_listeners):
+            for weak in () if getattr(_local, "unnoticed", False) else tuple(_listeners):
                 listener = weak()
                 if listener is not None:
                     listener(_local.roots, tuple(inputs))

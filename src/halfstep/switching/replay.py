@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.recipe import Recipe
-from halfstep.switching import overrides
+from halfstep.switching import engine, overrides
 from halfstep.switching.boundary import OUTWARD, Gate, leave
 from halfstep.switching.inspection import Finding, Inspection, first_bad_row, is_finite
 from halfstep.switching.met import Met
@@ -270,9 +270,10 @@ def _run(
         if seen is not None:
             seen.backward()
         wanted = [p for p in model.parameters() if p.requires_grad]
-        grads = torch.autograd.grad(
-            [t for t, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
-        )
+        with engine.unnoticed():
+            grads = torch.autograd.grad(
+                [t for t, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+            )
     made = [g for g in grads if g is not None]
     finite = finite and all(is_finite(g) for g in made)
     return (seen.counts(made) if seen is not None else None), finite
