@@ -33,6 +33,12 @@ class Weights(nn.Module):
         return h @ self.look.weight.t()
 
 
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+
+
 MODELS["weights"] = (Weights, lambda n: torch.randint(10, (n, 6)))
 
 # Weights in a format of their own; FP32 storage; random bits and Hadamard's transform; kept layers.
