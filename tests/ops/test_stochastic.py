@@ -191,3 +191,29 @@ def test_bits_beyond_two_to_the_32():
     found = bits_of(key, torch.tensor([5, 2**32 + 5, 2**33 + 5]))
     assert found[0] == stream(1, 6)[5]
     assert len(found.unique()) == 3
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "stochastic",
+        "products-rounded",
+        "kahan",
+        "pairwise",
+        "pairwise/products-rounded",
+        "chunk2",
+        "split2",
+    ],
+)
+def test_roundings_of_one_step_have_random_bits_of_their_own(how: str):
+    """The mean of short sums in 4 sigma of the sample's: bits that hang together would bias it."""
+    for steps in (2, 3, 5):
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(7 * seed + steps)
+            a = torch.rand(1, steps, generator=generator).expand(50_000, steps)
+            b = torch.rand(steps, 1, generator=generator)
+            text = "e5m2/stochastic" if how == "stochastic" else f"e5m2/stochastic/{how}"
+            sums = halfstep.matmul(a, b, "fp16", text, generator=generator).double()
+            exact = halfstep.matmul(a[:1].double(), b.double(), "fp16", "fp32").item()
+            sigma = sums.std().item() / math.sqrt(len(sums))
+            assert abs(sums.mean().item() - exact) < 4 * sigma, (steps, seed)

@@ -38,7 +38,12 @@ inline Doubles absolute(Doubles x) {
 
 // Which of a step's roundings: each has random bits of its own; as in halfstep/ops/summation.py.
 enum Slot { slot_sum, slot_product, slot_chunk, slot_part, slot_less, slot_gained, slot_lost, slot_start, slot_levels };
-constexpr int slot_bits = 26;
+constexpr std::uint32_t slot_distance = 0x9E3779B9u;
+
+// As in halfstep/ops/summation.py, which says why.
+inline std::uint32_t rounding_of(int slot, std::size_t k) {
+  return std::uint32_t(slot) * slot_distance + std::uint32_t(k);
+}
 
 // x + y, and where that is not exact the neighbour whose last bit is 1.
 template <bool down>
@@ -147,11 +152,11 @@ struct Careful {
   CarefulGrid between;
 
   Doubles rounded(Doubles x, Slot slot, std::size_t k, Elements e) const {
-    return adder.round<rounding>(x, s.key, (std::uint32_t(slot) << slot_bits) + std::uint32_t(k), e);
+    return adder.round<rounding>(x, s.key, rounding_of(slot, k), e);
   }
   Doubles added(Doubles x, Doubles y, int slot, std::size_t k, Elements e) const {
     const Doubles exact = add_to_odd<rounding == Rounding::down>(x, y);
-    return adder.round<rounding>(exact, s.key, (std::uint32_t(slot) << slot_bits) + std::uint32_t(k), e);
+    return adder.round<rounding>(exact, s.key, rounding_of(slot, k), e);
   }
   Doubles added_between(Doubles x, Doubles y, Slot slot, std::size_t k, Elements e) const {
     if (!s.between_differs) return added(x, y, slot, k, e);

@@ -15,11 +15,18 @@ from halfstep.ops.random_bits import STRIDE, Key
 from halfstep.ops.reference import round_into
 from halfstep.ops.unit_sums import sum_of_blocks
 
-__all__ = ["CHUNK", "PRODUCT", "SLOT_BITS", "SUM", "matmul_into"]
+__all__ = ["CHUNK", "PRODUCT", "SUM", "matmul_into", "rounding_of"]
 
 # Which of a step's roundings: each has random bits of its own, see `_Adder.rounded`.
 SUM, PRODUCT, CHUNK, _PART, _LESS, _GAINED, _LOST, _START, _LEVELS = range(9)
-SLOT_BITS = 26
+# Far from each other in all of the bits: of keys that differ in the uppermost ones alone the random bits
+# are the same but for their uppermost ones. 34 slots stay more than 2^26 steps apart (golden ratio).
+_SLOT = 0x9E3779B9
+
+
+def rounding_of(slot: int, k: int) -> int:
+    """The number of a rounding of step k, which has random bits of its own; see `_key_of`."""
+    return (slot * _SLOT + k) & 0xFFFFFFFF
 
 
 def matmul_into(
@@ -132,7 +139,7 @@ class _Adder:
         if rounding is Rounding.STOCHASTIC:
             x = x.to(torch.float32)  # in two steps: see `halfstep.matmul`
         out = torch.empty_like(x, dtype=torch.float64)
-        round_into(out, x, format, rounding, _key_of(self.key, (slot << SLOT_BITS) + k))
+        round_into(out, x, format, rounding, _key_of(self.key, rounding_of(slot, k)))
         return out
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from halfstep.ops.random_bits import STRIDE
-from halfstep.ops.summation import CHUNK, PRODUCT, SLOT_BITS, SUM
+from halfstep.ops.summation import CHUNK, PRODUCT, SUM, rounding_of
 from halfstep.ops.triton_kernels.fma import fma_down, fma_nearest, fma_up
 from halfstep.ops.triton_kernels.rounding import (
     finish_bits,
@@ -34,7 +34,7 @@ def _moved(roundings: int) -> tl.constexpr:
 
 
 _STRIDE = _moved(1)
-_SUM, _PRODUCT, _CHUNK = (_moved(slot << SLOT_BITS) for slot in (SUM, PRODUCT, CHUNK))
+_SUM, _PRODUCT, _CHUNK = (_moved(rounding_of(slot, 0)) for slot in (SUM, PRODUCT, CHUNK))
 
 
 @triton.jit(do_not_specialize=["key_low", "key_high"])
