@@ -173,3 +173,23 @@ def test_an_embedding_by_itself_has_sparse_gradients(recipe, kind, rows):
     assert switch.last_step.applied
     moved = (model.weight != before).any(1).nonzero().flatten().tolist()
     assert moved == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("rows", [17, 70000])
+def test_an_own_parameter_has_sparse_gradients(recipe, rows):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.ones(rows, 64))
+
+        def forward(self, index):
+            return F.embedding(index, self.table, sparse=True)
+
+    model = Own()
+    optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.01)
+    switch = halfstep.switch(model, optimizer, recipe)
+    (0.01 * model(torch.tensor([1, 2, 2])).square().sum()).backward()
+    assert model.table.grad.is_sparse
+    optimizer.step()
+    assert switch.last_step.applied
+    assert (model.table != 1.0).any(1).nonzero().flatten().tolist() == [1, 2]

@@ -122,7 +122,9 @@ def adopt(root: nn.Module, runner: Runner) -> list[nn.Module]:
         if not isinstance(state["_parameters"], LazyParameters):
             names = frozenset(n for n in state["_parameters"] if keeps_fp32(module, n))
             lazy = state["_parameters"] = LazyParameters(state["_parameters"], names)
-            lazy.sparse = bool(getattr(module, "sparse", False))
+            # a module of the user's own may call F.embedding(sparse=True)
+            own = not type(module).__module__.startswith("torch.nn.")
+            lazy.sparse = own or bool(getattr(module, "sparse", False))
     for module in root.modules():
         if is_fully_sharded(module):
             for part in module.modules():

@@ -75,7 +75,7 @@ class LazyParameters(dict):
         self.fully_sharded = False
         """Within fully_shard: what is sharded is for its own machinery; forward reads what it puts here."""
         self.sparse = False
-        """Gradients are sparse: an embedding's, where it is told so. torch's own cast has none for those."""
+        """Gradients may be sparse: an embedding's that is told so. torch's own cast has none for those."""
         self.writes = 0
         """How often a parameter was added, replaced or removed."""
 
