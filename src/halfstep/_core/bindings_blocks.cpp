@@ -154,15 +154,27 @@ struct BlockRounder {
     return true;
   }
 
-  // The same of float32 (a, b, *positions) whose tiles span a and b: each position's matrix by itself.
-  bool run_kernel(const BlockLayout& layout, std::uintptr_t x, std::uintptr_t out, std::size_t n,
-                  std::size_t positions, int rounding, std::uint32_t key_low, std::uint32_t key_high,
-                  int threads) const {
+  // The same to nearest, of float32 that are rounded to `first` before, where that is not null. And where
+  // `positions` is not 0, of (a, b, *positions) whose tiles span a and b: each position's matrix by itself.
+  bool run_operand(const BlockLayout& layout, std::uintptr_t x, std::uintptr_t out, std::size_t n,
+                   std::size_t positions, const Grid* first, int threads) const {
+    constexpr int nearest = int(Rounding::nearest), carrier = int(Carrier::float32);
+    std::uintptr_t at = x;
+    if (first) {
+      const RoundArrays arrays{reinterpret_cast<const void*>(x), Carrier::float32,
+                               reinterpret_cast<void*>(out), Carrier::float32, false};
+      const Kernels* kernels = kernels_in_use();
+      parallel_for(n, grain, threads, [&](std::size_t begin, std::size_t end) {
+        kernels->round_to(arrays, begin, end, *first, Rounding::nearest, Key{}, false);
+      });
+      at = out;
+    }
+    if (positions == 0) return run(layout, at, carrier, out, n, nearest, 0, 0, threads);
     const std::unique_ptr<float[]> turned(new float[n]);
     const std::size_t channels = n / positions;
-    turn(reinterpret_cast<const float*>(x), channels, positions, turned.get(), threads);
-    const std::uintptr_t at = address_of(turned.get());
-    if (!run(layout, at, int(Carrier::float32), at, n, rounding, key_low, key_high, threads)) return false;
+    turn(reinterpret_cast<const float*>(at), channels, positions, turned.get(), threads);
+    const std::uintptr_t there = address_of(turned.get());
+    if (!run(layout, there, carrier, there, n, nearest, 0, 0, threads)) return false;
     turn(turned.get(), positions, channels, reinterpret_cast<float*>(out), threads);
     return true;
   }
@@ -234,9 +246,9 @@ void bind_blocks(nb::module_& m) {
       .def("run", &BlockRounder::run, nb::arg("layout"), nb::arg("x"), nb::arg("carrier"),
            nb::arg("out"), nb::arg("n"), nb::arg("rounding"), nb::arg("key_low"),
            nb::arg("key_high"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>())
-      .def("run_kernel", &BlockRounder::run_kernel, nb::arg("layout"), nb::arg("x"), nb::arg("out"),
-           nb::arg("n"), nb::arg("positions"), nb::arg("rounding"), nb::arg("key_low"),
-           nb::arg("key_high"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
+      .def("run_operand", &BlockRounder::run_operand, nb::arg("layout"), nb::arg("x"), nb::arg("out"),
+           nb::arg("n"), nb::arg("positions"), nb::arg("first").none(), nb::arg("threads"),
+           nb::call_guard<nb::gil_scoped_release>());
   const auto released = nb::call_guard<nb::gil_scoped_release>();
   m.def("quantize_blocks", &quantize, nb::kw_only(), nb::arg("plan"),
         nb::arg("tensor_scale"), nb::arg("given_scale"), nb::arg("layout"), nb::arg("x"),

@@ -128,7 +128,7 @@ def rounder(
     steps = _steps(format, first)
     if steps is None:
         return None
-    run, before = steps.one_call.run, steps.before
+    run, grid = steps
     last = (-1, 1)
 
     @lru_cache(maxsize=1024)
@@ -148,9 +148,8 @@ def rounder(
         if layout is None:
             return None
         out = torch.empty_like(x)
-        to, threads = out.data_ptr(), torch.get_num_threads()
-        at = before(x.data_ptr(), to, n, threads)
-        return out if run(layout, at, _CARRIER, to, n, _NEAREST, 0, 0, threads) else None
+        threads = torch.get_num_threads()
+        return out if run(layout, x.data_ptr(), out.data_ptr(), n, 0, grid, threads) else None
 
     return rounded
 
@@ -162,7 +161,7 @@ def kernel_rounder(
     steps = _steps(format, first)
     if steps is None:
         return None
-    run, before = steps.one_call.run_kernel, steps.before
+    run, grid = steps
 
     @lru_cache(maxsize=1024)
     def layout_of(shape: torch.Size, dim: int) -> tuple[Any, int]:
@@ -178,43 +177,23 @@ def kernel_rounder(
         if layout is None:
             return None
         out = torch.empty_like(x)
-        to, threads = out.data_ptr(), torch.get_num_threads()
-        at = before(x.data_ptr(), to, n, threads)
-        return out if run(layout, at, to, n, positions, _NEAREST, 0, 0, threads) else None
+        threads = torch.get_num_threads()
+        done = run(layout, x.data_ptr(), out.data_ptr(), n, positions, grid, threads)
+        return out if done else None
 
     return rounded
 
 
-_CARRIER = native.CARRIERS[torch.float32]
-_NEAREST = native.CODES[Rounding.NEAREST]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Steps:
-    """What a rounder of many tensors does with each."""
-
-    one_call: Any
-    before: Callable[[int, int, int, int], int]
-    """Rounds n numbers at an address to another, if there is a format to round to first; where they are."""
-
-
-def _steps(format: BlockFormat, first: Format | None) -> _Steps | None:
-    """None where there is no kernel for them."""
+def _steps(format: BlockFormat, first: Format | None) -> tuple[Any, Any] | None:
+    """What rounds an operand, and the grid that comes first, or None; None where there is no kernel."""
     one_call = None if refuses(format.element, ()) else _one_call(format, torch.float32)
     if one_call is None:
         return None
     if first is None:
-        return _Steps(one_call=one_call, before=lambda at, to, n, threads: at)
+        return one_call.run_operand, None
     if not native.holds(torch.float32, first) or native.refuses_round(first, ()):
         return None
-    grid = native.grid_of(first, Rounding.NEAREST, in_float64=False)
-    round_to = native.core().round_to
-
-    def before(at: int, to: int, n: int, threads: int) -> int:
-        round_to(at, _CARRIER, to, _CARRIER, False, n, grid, _NEAREST, 0, 0, 0, threads)
-        return to
-
-    return _Steps(one_call=one_call, before=before)
+    return one_call.run_operand, native.grid_of(first, Rounding.NEAREST, in_float64=False)
 
 
 def dequantize_into(out: Tensor, parts: Parts, format: BlockFormat, dim: int) -> None:

@@ -91,11 +91,12 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class _Tiles:
-    """Rounds convolutions' operands to a format of tiles, to nearest."""
+    """Rounds convolutions' operands to a format of tiles; to nearest, where they are not random."""
 
-    __slots__ = ("kernels", "planes")
+    __slots__ = ("are_random", "kernels", "planes")
 
-    def __init__(self, format: BlockFormat, first: Format | None) -> None:
+    def __init__(self, format: BlockFormat, first: Format | None, are_random: bool) -> None:
+        self.are_random = are_random
         self.planes = ops.block_rounder(format, first, joined=True)
         self.kernels = ops.kernel_rounder(format, first)
 
@@ -138,8 +139,10 @@ class Numbers:
             else:
                 self.reads[mark], self.reads[mark | LOW] = self._after_store(role, read), read
             if isinstance(format, BlockFormat) and format.rows > 1:
-                self._tiled[mark] = _Tiles(format, None if self.identity else self._format)
-                self._tiled[mark | LOW] = _Tiles(format, None)
+                first = None if self.identity else self._format
+                are_random = self._operands.is_stochastic(role)
+                self._tiled[mark] = _Tiles(format, first, are_random)
+                self._tiled[mark | LOW] = _Tiles(format, None, are_random)
 
     def _after_store(
         self, role: Role, read: Callable[[Tensor, int, float], Tensor]
@@ -208,7 +211,7 @@ class Numbers:
         tiles = self._tiled.get(key)
         if tiles is None:
             return self.reads[key](t, dim, scale)
-        if scale == 1.0 and self._to_nearest(marks, t):
+        if scale == 1.0 and t.dtype is torch.float32 and not tiles.are_random:
             return tiles.planes(t, dim)
         return self.reads[key](t.flatten(dim + 1), dim, scale).view_as(t)
 
@@ -218,15 +221,11 @@ class Numbers:
         tiles = self._tiled.get(key)
         if tiles is None:
             return self.reads[key](t, dim, scale)
-        if scale == 1.0 and self._to_nearest(marks, t):
+        if scale == 1.0 and t.dtype is torch.float32 and not tiles.are_random:
             return tiles.kernels(t, dim)
         there, back = _TURNS[t.dim()]
         turned = t.permute(there).contiguous()
         return self.reads[key](turned, dim - 2, scale).permute(back)
-
-    def _to_nearest(self, marks: int, t: Tensor) -> bool:
-        """True where ``t`` is rounded without random bits and without a wider carrier."""
-        return t.dtype is torch.float32 and not self._operands.is_stochastic(_ROLES[marks & ROLES])
 
     @property
     def gradient_is_stored(self) -> bool:
