@@ -203,9 +203,8 @@ class EmulationMode(TorchDispatchMode):
             return marks
         marks = WEIGHT
         if not self.masters_wide:
-            with (
-                torch._C._AutoDispatchBelowAutograd()
-            ):  # ``.data`` and ``detach()`` come here above autograd
+            # ``.data`` and ``detach()`` come here above autograd
+            with torch._C._AutoDispatchBelowAutograd():
                 weight.copy_(self.numbers.master(weight))
             marks |= LOW if self.recipe.master == self.recipe.store else 0
         self.marks.set(weight, marks)
